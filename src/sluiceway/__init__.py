@@ -1,0 +1,72 @@
+"""Sluiceway runs message consumers: it pulls from a broker only as fast as the handlers can take, and loses nothing."""
+
+from ._runtime.supervisor import PipelineStats
+from .app import App
+from .consumer import Consumer, FunctionConsumer, consumer
+from .errors import (
+    AlreadySettled,
+    AppError,
+    ConnectError,
+    DecodeError,
+    ForeignMessage,
+    HandlerTimeout,
+    LeaseLost,
+    OptionError,
+    PayloadTooLarge,
+    PipelineFailed,
+    PublishError,
+    Reject,
+    Release,
+    RetryLater,
+    RoutingError,
+    SluicewayError,
+    TransportError,
+    Unsupported,
+)
+from .gate import Gate, Pause
+from .manager import ConsumerManager
+from .message import Batch, BatchInfo, Message, Outgoing
+from .middleware import Middleware
+from .options import Batching, ConsumerOptions
+from .pipeline import Pipeline
+from .retry import Retry
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadySettled",
+    "App",
+    "AppError",
+    "Batch",
+    "BatchInfo",
+    "Batching",
+    "ConnectError",
+    "Consumer",
+    "ConsumerManager",
+    "ConsumerOptions",
+    "DecodeError",
+    "ForeignMessage",
+    "FunctionConsumer",
+    "Gate",
+    "HandlerTimeout",
+    "LeaseLost",
+    "Message",
+    "Middleware",
+    "OptionError",
+    "Outgoing",
+    "Pause",
+    "PayloadTooLarge",
+    "Pipeline",
+    "PipelineFailed",
+    "PipelineStats",
+    "PublishError",
+    "Reject",
+    "Release",
+    "Retry",
+    "RetryLater",
+    "RoutingError",
+    "SluicewayError",
+    "TransportError",
+    "Unsupported",
+    "consumer",
+]

@@ -1,0 +1,149 @@
+"""What happens with messages that failed: the user's hooks, the policy, one log line each, the settlement."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .._decisions.policy import give_up, settle_failure
+from ..errors import DecodeError, Directive, OptionError, Release
+from ..message import SETTLING, Message, Settlement
+from ..telemetry import MessageFailed, Telemetry
+from .settler import PipelineSettler
+from .spec import ErrorChoice, PipelineSpec
+
+log = logging.getLogger("sluiceway")
+
+
+class Failures:
+    """The one way from an exception to a settlement, for processors and batch processors."""
+
+    def __init__(self, spec: PipelineSpec, settler: PipelineSettler, telemetry: Telemetry) -> None:
+        self.spec = spec
+        self.settler = settler
+        self.telemetry = telemetry
+        self.on_exit: Callable[[BaseException], None] = _raise
+
+    async def failed(self, messages: Sequence[Message[Any]]) -> None:
+        """Settle messages whose `error` is set. Never raises what a hook raises; settles even when cancelled."""
+        settlements = []
+        for message in messages:
+            if message.state >= SETTLING:
+                self._late(message)
+            else:
+                settlements.append(await self._decide(message, _error(message)))
+        dead = [one.message for one in settlements if one.outcome == "dead_letter"]
+        if dead and self.spec.on_failed is not None:
+            await self._call_failed(dead)
+        for settlement in settlements:
+            self._say(settlement)
+            self.settler.settle(settlement)
+
+    def killed_its_process(self, message: Message[Any], error: BaseException) -> None:
+        """Dead-letter a suspect whose attempts are used up, without running it."""
+        message.error = error
+        settlement = give_up(message, error, self.spec.rules, now=time.time())
+        self._say(settlement)
+        self.settler.settle(settlement)
+
+    async def _decide(self, message: Message[Any], error: BaseException) -> Settlement:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self.on_exit(error)
+            return Settlement(message, "release", counted=False)
+        if self.spec.on_error is not None and not isinstance(error, Release):
+            choice = await self._ask(message, error)
+            if choice == "ack":
+                return Settlement(message, "ack", outputs=tuple(message.outputs or ()))
+            if isinstance(choice, Directive):
+                error = choice.with_traceback(error.__traceback__)
+                error.__cause__ = message.error
+        return settle_failure(message, error, self.spec.rules, draw=random.random(), now=time.time())
+
+    async def _ask(self, message: Message[Any], error: BaseException) -> ErrorChoice:
+        assert self.spec.on_error is not None
+        try:
+            choice: Any = self.spec.on_error(message, error)
+            if inspect.isawaitable(choice):
+                choice = await choice
+        except asyncio.CancelledError:
+            return None
+        except Directive as directive:
+            return directive
+        except Exception:
+            log.exception(
+                "%s: handle_error raised for message %s; the retry policy decides", self.spec.name, message.id
+            )
+            return None
+        if choice is None or choice == "ack" or isinstance(choice, Directive):
+            decided: ErrorChoice = choice
+            return decided
+        wrong = OptionError(f'handle_error must return "ack", Reject, RetryLater, Release or None, got {choice!r}')
+        log.error("%s: %s; the retry policy decides for message %s", self.spec.name, wrong, message.id)
+        return None
+
+    async def _call_failed(self, dead: list[Message[Any]]) -> None:
+        assert self.spec.on_failed is not None
+        try:
+            result = self.spec.on_failed(dead)
+            if inspect.isawaitable(result):
+                await result
+        except asyncio.CancelledError:
+            return
+        except Exception:
+            log.exception("%s: handle_failed raised; its %d messages end as decided", self.spec.name, len(dead))
+
+    def _late(self, message: Message[Any]) -> None:
+        log.error(
+            "%s: message %s of %r failed after it was settled; it stays settled",
+            self.spec.name, message.id, message.topic, exc_info=_error(message),
+        )  # fmt: skip
+
+    def _say(self, settlement: Settlement) -> None:
+        message, error = settlement.message, _error(settlement.message)
+        expected = isinstance(error, (Directive, KeyboardInterrupt, SystemExit))
+        plain = expected or isinstance(error, DecodeError)  # the text says it all; a traceback shows only our code
+        log.log(
+            logging.INFO if expected else logging.ERROR,
+            "%s: message %s of %r failed at attempt %d of %d (%s: %s); %s",
+            self.spec.name, message.id, message.topic, message.attempt, self.spec.rules.retry.attempts,
+            type(error).__name__, error, _next_step(settlement),
+            exc_info=None if plain else error,
+        )  # fmt: skip
+        if self.telemetry.wants(MessageFailed):
+            self.telemetry.emit(
+                MessageFailed(
+                    consumer=self.spec.name,
+                    topic=message.topic,
+                    id=message.id,
+                    attempt=message.attempt,
+                    error=error,
+                    outcome=settlement.outcome,
+                    delay=settlement.delay,
+                )
+            )
+
+
+def _next_step(settlement: Settlement) -> str:
+    match settlement.outcome:
+        case "retry":
+            return f"it is tried again in {settlement.delay:.2f} s"
+        case "dead_letter":
+            return f"it goes to {settlement.outputs[0].topic!r}" if settlement.outputs else "it is dropped"
+        case "ack":
+            return "handle_error accepted it"
+        case _:
+            return "it goes back to the broker"
+
+
+def _error(message: Message[Any]) -> BaseException:
+    assert message.error is not None
+    return message.error
+
+
+def _raise(error: BaseException) -> None:
+    raise error

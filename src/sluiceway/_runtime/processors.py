@@ -1,0 +1,269 @@
+"""Processors: workers that run the handler on the loop, in runs over one shared queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ..errors import DecodeError, HandlerTimeout, Release
+from ..message import QUEUED, RUNNING, SETTLING, Handler, Message
+from .batchers import Batchers
+from .failures import Failures
+from .settler import PipelineSettler
+from .spec import PipelineSpec
+
+RUN = 64  # messages that a processor takes before it lets the loop turn: heartbeats and timers live, and runs amortise
+SWEEPS = 20  # how often per `timeout` the sweep looks; a timeout is late by at most this share of it
+
+
+class Processors(Protocol):
+    """What the intake and the drain need of processors, on the loop or on threads."""
+
+    on_idle: Callable[[], None]
+    on_finished: Callable[[Message[Any]], None] | None
+
+    @property
+    def unstarted(self) -> int:
+        """Messages whose handler was not entered."""
+
+    @property
+    def running(self) -> int:
+        """Messages whose handler was entered and has not ended."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether a processor has nothing to do."""
+
+    def put(self, messages: Sequence[Message[Any]]) -> None: ...
+    def take_unstarted(self) -> list[Message[Any]]:
+        """Take back every message whose handler was not entered."""
+        ...
+
+    def cancel(self) -> int:
+        """Cut off what runs, where that can be done; returns how many."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Slot:
+    """What one processor is doing."""
+
+    __slots__ = ("cancelled_for", "message", "seen", "since", "task")
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.message: Message[Any] | None = None
+        self.seen: Message[Any] | None = None  # what the last sweep saw here
+        self.since = 0.0  # since when, on the loop's clock
+        self.cancelled_for: str | None = None
+
+
+class AsyncProcessors:
+    """Up to `concurrency` tasks over one deque.
+
+    There is no task and no future per message: a processor takes message after message, lets the loop turn after a run
+    of them, and sleeps when there are none. Tasks start when there is work for one more. Whoever wakes and sees that
+    more is waiting wakes one other, so that a burst spreads without waking all.
+    """
+
+    def __init__(self, spec: PipelineSpec, settler: PipelineSettler, batchers: Batchers, failures: Failures) -> None:
+        self.spec = spec
+        self.settler = settler
+        self.batchers = batchers
+        self.failures = failures
+        self.on_idle: Callable[[], None] = _nothing
+        self.on_finished: Callable[[Message[Any]], None] | None = None  # a handler returned and did not fail
+        self._handle: Handler = spec.handle
+        self._abandoned: set[Slot] = set()
+        self._ready: deque[Message[Any]] = deque()
+        self._sleepers: list[asyncio.Future[None]] = []
+        self._slots: set[Slot] = set()
+        self._loop = asyncio.get_running_loop()
+        self._sweep: asyncio.TimerHandle | None = None
+        if spec.timeout is not None:
+            self._sweep = self._loop.call_later(spec.timeout / SWEEPS, self._sweep_slots, spec.timeout)
+
+    @property
+    def unstarted(self) -> int:
+        return len(self._ready)
+
+    @property
+    def running(self) -> int:
+        return len(self._slots) - len(self._sleepers)
+
+    @property
+    def idle(self) -> bool:
+        return bool(self._sleepers) or len(self._slots) < self.spec.concurrency
+
+    def put(self, messages: Sequence[Message[Any]]) -> None:
+        """Queue messages, in order."""
+        self._ready.extend(messages)
+        self._wake_one()
+
+    def take_unstarted(self) -> list[Message[Any]]:
+        unstarted = [message for message in self._ready if message.state == QUEUED]
+        self._ready.clear()
+        return unstarted
+
+    def cancel(self) -> int:
+        running = [slot for slot in self._slots if slot.message is not None]
+        for slot in running:
+            self._cancel(slot, "shutdown")
+        return len(running)
+
+    def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for slot in self._slots:
+            if slot.task is not None:
+                slot.task.cancel()
+
+    def _wake_one(self) -> None:
+        while self._sleepers:
+            sleeper = self._sleepers.pop()
+            if not sleeper.done():
+                sleeper.set_result(None)
+                return
+        if len(self._slots) < self.spec.concurrency:
+            self._start()
+
+    def _start(self) -> None:
+        slot = Slot()
+        self._slots.add(slot)
+        slot.task = self._loop.create_task(self._work(slot), name=f"{self.spec.name}: processor {len(self._slots)}")
+        slot.task.add_done_callback(lambda task: self._slots.discard(slot))
+
+    async def _sleep(self) -> None:
+        sleeper = self._loop.create_future()
+        self._sleepers.append(sleeper)
+        self.on_idle()
+        try:
+            await sleeper
+        finally:
+            if sleeper.cancelled():
+                self._sleepers.remove(sleeper)
+
+    async def _work(self, slot: Slot) -> None:
+        ready, settler, handle, decode = self._ready, self.settler, self._handle, self.spec.decode
+        batchers = self.batchers if self.spec.batchers else None
+        finished = self.on_finished
+        run = RUN  # so that the first turn looks round
+        while True:
+            if run >= RUN or not ready:
+                if slot not in self._slots:
+                    return  # it was abandoned and another has its place
+                if not ready:
+                    await self._sleep()
+                else:
+                    await asyncio.sleep(0)
+                run = 0
+                if len(ready) > 1:
+                    self._wake_one()
+                if not ready:
+                    continue
+            run += 1
+            message = ready.popleft()
+            if message.state != QUEUED:
+                continue
+            message.state = RUNNING
+            message.settler = settler
+            slot.message = message
+            try:
+                message.payload = message.body if decode is None else decode(message.body)
+                value = await handle(message)
+                if message.error is not None:
+                    await self._failed(slot, message, message.error)
+                elif message.state == RUNNING:
+                    if batchers is not None:
+                        batchers.add(message, value)
+                    elif message.outputs is not None:
+                        settler.ack(message)
+                    else:
+                        message.state = SETTLING
+                        settler.acks.append(message)  # looked up each time: a send puts a new list there
+                        if not settler.scheduled:
+                            settler.schedule()
+                    if finished is not None:
+                        finished(message)
+            except BaseException as error:
+                await self._failed(slot, message, error)
+            slot.message = None
+
+    async def _failed(self, slot: Slot, message: Message[Any], error: BaseException) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            error = self._why_cancelled(slot, message, error)
+        if isinstance(error, GeneratorExit):
+            raise error
+        message.error = error
+        await self.failures.failed((message,))
+
+    def _why_cancelled(self, slot: Slot, message: Message[Any], error: asyncio.CancelledError) -> BaseException:
+        task = slot.task
+        assert task is not None
+        if not task.cancelling():
+            return error  # an inner task of the handler was cancelled: the message failed
+        reason, slot.cancelled_for = slot.cancelled_for, None
+        if reason is None:
+            raise error
+        task.uncancel()
+        if reason == "timeout":
+            return HandlerTimeout(f"{self.spec.name}: message {message.id} ran over {self.spec.timeout} s")
+        return Release("shutdown")
+
+    def _cancel(self, slot: Slot, reason: str) -> None:
+        assert slot.task is not None
+        slot.cancelled_for = reason
+        slot.task.cancel()
+
+    def _sweep_slots(self, timeout: float) -> None:
+        """Cancel what runs over `timeout`: one look at all slots now and then, never a timer per message."""
+        now = self._loop.time()
+        for slot in list(self._slots):
+            if slot.message is not slot.seen:
+                slot.seen, slot.since = slot.message, now
+                self._forget_cancel(slot)
+            elif slot.message is not None and now - slot.since >= timeout * (1 - 1 / SWEEPS):
+                if slot.cancelled_for is None:
+                    self._cancel(slot, "timeout")
+                    slot.since = now
+                else:
+                    self._abandon(slot, timeout)
+        self._sweep = self._loop.call_later(timeout / SWEEPS, self._sweep_slots, timeout)
+
+    def _forget_cancel(self, slot: Slot) -> None:
+        """A handler swallowed its cancellation and returned: the next one starts with a clean task."""
+        if slot.cancelled_for is not None and slot.task is not None and slot.task.cancelling():
+            slot.cancelled_for = None
+            slot.task.uncancel()
+
+    def _abandon(self, slot: Slot, timeout: float) -> None:
+        """Give up a handler that swallows its cancellation: its message fails, another processor takes its place."""
+        message = slot.message
+        assert message is not None
+        self._slots.discard(slot)
+        self._abandoned.add(slot)
+        message.error = HandlerTimeout(
+            f"{self.spec.name}: message {message.id} ran over {timeout} s and ignored its cancellation"
+        )
+        self._loop.create_task(self.failures.failed((message,)))
+        if self._ready:
+            self._wake_one()
+
+
+def decoder(decode: Callable[[bytes], Any], what: str) -> Callable[[bytes], Any]:
+    """`decode` whose errors are DecodeErrors that say which type was expected."""
+
+    def checked(body: bytes) -> Any:
+        try:
+            return decode(body)
+        except Exception as error:
+            raise DecodeError(f"the body is not {what}: {error}") from error
+
+    return checked
+
+
+def _nothing() -> None:
+    pass

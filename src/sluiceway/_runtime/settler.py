@@ -1,0 +1,239 @@
+"""The settler: every delivery ends here, once, in as few calls to the broker as can be."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .._decisions.backoff import reconnect_delay
+from ..errors import LeaseLost, RoutingError
+from ..message import QUEUED, SETTLED, SETTLING, Message, Refused, Settlement
+from ..source import Source
+from ..telemetry import Settled, SettleRefused, Telemetry
+from .spec import PipelineSpec
+
+log = logging.getLogger("sluiceway.settler")
+
+
+class PipelineSettler:
+    """Gathers settlements and sends them: one call of acks in flight, and apart from it one of everything else.
+
+    `held` are the deliveries received and not settled; a message leaves it when its settle *returned*. A settle that
+    raises is sent again until the broker takes it; meanwhile what it holds keeps demand down.
+    """
+
+    def __init__(self, spec: PipelineSpec, source: Source, telemetry: Telemetry) -> None:
+        self.spec = spec
+        self.source = source
+        self.telemetry = telemetry
+        self.held: set[Message[Any]] = set()
+        self.acks: list[Message[Any]] = []
+        self.scheduled = False
+        self.finished = 0  # deliveries that ended, in all
+        self.trouble: str | None = None  # why the broker takes no settles at present
+        self.stuck: list[Settlement] = []  # what the broker rejected; while there is one, demand stops
+        self.on_freed: Callable[[], None] = _nothing
+        self.on_settlement: Callable[[Settlement], None] | None = None  # for lanes: a delivery is about to end so
+        self.on_ended: Callable[[Sequence[Message[Any]]], None] | None = None  # for lanes: these have ended
+        self._others: list[Settlement] = []
+        self._sending = 0
+        self._waiters: dict[Message[Any], asyncio.Future[None]] = {}
+        self._ack_wake = asyncio.Event()
+        self._other_wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    # -- what processors call ------------------------------------------------------------------------------------
+
+    def ack(self, message: Message[Any]) -> None:
+        """End a delivery as a success. Called once per delivery, by whoever moves it to SETTLING."""
+        message.state = SETTLING
+        if message.outputs:
+            self._others.append(Settlement(message, "ack", outputs=tuple(message.outputs)))
+        else:
+            self.acks.append(message)
+        if not self.scheduled:
+            self.schedule()
+
+    def schedule(self) -> None:
+        """Send what has gathered at the end of this turn of the loop."""
+        self.scheduled = True
+        self._loop.call_soon(self._wake)
+
+    def settle(self, settlement: Settlement) -> None:
+        """End a delivery in another way than a plain ack. Ignored when the message is settled already."""
+        if settlement.message.state >= SETTLING:
+            return
+        settlement.message.state = SETTLING
+        self._others.append(settlement)
+        if self.on_settlement is not None:
+            self.on_settlement(settlement)
+        if not self.scheduled:
+            self.schedule()
+
+    async def settle_now(self, message: Message[Any]) -> None:
+        waiter = self._waiters[message] = self._loop.create_future()
+        self.ack(message)
+        await waiter
+
+    def encode(self, payload: Any) -> bytes:
+        return self.spec.encode(payload)
+
+    def check_batcher(self, name: str) -> None:
+        if name not in self.spec.batchers:
+            known = ", ".join(map(repr, self.spec.batchers)) or "none"
+            raise RoutingError(f"{self.spec.name}: there is no batcher {name!r}; its batchers: {known}")
+
+    def forget(self, messages: Sequence[Message[Any]]) -> None:
+        """Deliveries whose lease or scope is gone: those that have not started never will; the others' settles are
+        refused by the broker."""
+        for message in messages:
+            if message.state == QUEUED:
+                message.state = SETTLED
+                self.held.discard(message)
+                self.finished += 1
+                if self.on_ended is not None:
+                    self.on_ended((message,))
+        self.on_freed()
+
+    # -- loops ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._send_acks(), name=f"{self.spec.name}: acks")
+            group.create_task(self._send_others(), name=f"{self.spec.name}: settlements")
+
+    @property
+    def unsent(self) -> int:
+        """Settlements that the broker does not have yet, but for those it rejects."""
+        return len(self.acks) + len(self._others) + self._sending
+
+    async def drained(self) -> None:
+        """Return when everything handed in was sent and the broker has it."""
+        while self.unsent:
+            self._idle.clear()
+            await self._idle.wait()
+        await self.source.flush()
+
+    def _wake(self) -> None:
+        self.scheduled = False
+        if self.acks:
+            self._ack_wake.set()
+        if self._others:
+            self._other_wake.set()
+
+    async def _send_acks(self) -> None:
+        while True:
+            await self._ack_wake.wait()
+            self._ack_wake.clear()
+            if self.acks:
+                batch, self.acks = self.acks, []
+                self._ended(batch, await self._insist(batch, ()))
+                if self.telemetry.wants(Settled):
+                    self.telemetry.emit(Settled(consumer=self.spec.name, outcome="ack", count=len(batch)))
+                if self.acks:
+                    self._ack_wake.set()
+
+    async def _send_others(self) -> None:
+        while True:
+            await self._other_wake.wait()
+            self._other_wake.clear()
+            if self._others:
+                batch, self._others = self._others, []
+                refused = await self._insist((), batch)
+                rejected = {id(one.message) for one in refused if one.kind == "rejected"}
+                self._ended([one.message for one in batch if id(one.message) not in rejected], refused)
+                if rejected:
+                    self._keep([one for one in batch if id(one.message) in rejected])
+                self._tell(batch)
+                if self._others:
+                    self._other_wake.set()
+
+    async def _insist(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
+        """Settle, again and again while it raises."""
+        tries = 0
+        self._sending += len(acks) + len(others)
+        try:
+            while True:
+                try:
+                    refused = await self.source.settle(acks, others)
+                except Exception as error:
+                    delay = reconnect_delay(tries, random.random())
+                    tries += 1
+                    self.trouble = f"settling {len(acks) + len(others)} messages failed: {error}"
+                    log.warning("%s: %s; trying again in %.2f s", self.spec.name, self.trouble, delay)
+                    await asyncio.sleep(delay)
+                else:
+                    self.trouble = None
+                    return refused
+        finally:
+            self._sending -= len(acks) + len(others)
+
+    def _ended(self, messages: list[Message[Any]], refused: Sequence[Refused]) -> None:
+        for message in messages:
+            message.state = SETTLED
+        self.held.difference_update(messages)
+        self.finished += len(messages)
+        for one in refused:
+            self._say_refused(one)
+        if self._waiters:
+            self._answer(messages, {id(one.message) for one in refused})
+        if self.on_ended is not None:
+            self.on_ended(messages)
+        self._idle.set()
+        self.on_freed()
+
+    def _answer(self, messages: list[Message[Any]], refused: set[int]) -> None:
+        for message in messages:
+            waiter = self._waiters.pop(message, None)
+            if waiter is None or waiter.done():
+                continue
+            if id(message) in refused:
+                waiter.set_exception(LeaseLost(f"message {message.id} of {message.topic!r} is another consumer's now"))
+            else:
+                waiter.set_result(None)
+
+    def _say_refused(self, one: Refused) -> None:
+        message = one.message
+        next_step = (
+            "its lease was lost and another consumer handles it again"
+            if one.kind == "lost"
+            else "it stays unsettled and demand stops until the broker takes it"
+        )
+        log.warning(
+            "%s: the broker refused to settle message %s of %r%s; %s",
+            self.spec.name, message.id, message.topic, f" ({one.detail})" if one.detail else "", next_step,
+        )  # fmt: skip
+        if one.kind == "rejected":
+            self.trouble = f"the broker rejected what belongs to message {message.id}: {one.detail}"
+        if self.telemetry.wants(SettleRefused):
+            self.telemetry.emit(
+                SettleRefused(
+                    consumer=self.spec.name, topic=message.topic, id=message.id, kind=one.kind, detail=one.detail
+                )
+            )
+
+    def _keep(self, rejected: list[Settlement]) -> None:
+        """Try what the broker rejected again in a while; until then it stays held and unsettled."""
+        self.stuck.extend(rejected)
+        if len(self.stuck) == len(rejected):
+            self._loop.call_later(reconnect_delay(6, random.random()), self._retry_stuck)
+
+    def _retry_stuck(self) -> None:
+        self._others.extend(self.stuck)
+        self.stuck.clear()
+        self._other_wake.set()
+
+    def _tell(self, batch: Sequence[Settlement]) -> None:
+        if self.telemetry.wants(Settled):
+            for outcome in {one.outcome for one in batch}:
+                count = sum(one.outcome == outcome for one in batch)
+                self.telemetry.emit(Settled(consumer=self.spec.name, outcome=outcome, count=count))
+
+
+def _nothing() -> None:
+    pass

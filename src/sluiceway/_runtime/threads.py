@@ -1,0 +1,227 @@
+"""Processors on threads, for handlers that are plain functions."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from ..errors import HandlerTimeout
+from ..message import QUEUED, RUNNING, Message
+from .batchers import Batchers
+from .failures import Failures
+from .processors import SWEEPS
+from .settler import PipelineSettler
+from .spec import PipelineSpec
+
+
+class _Slot:
+    __slots__ = ("abandoned", "message", "seen", "since")
+
+    def __init__(self) -> None:
+        self.message: Message[Any] | None = None
+        self.seen: Message[Any] | None = None
+        self.since = 0.0
+        self.abandoned = False
+
+
+class ThreadProcessors:
+    """Up to `concurrency` threads that pull from one queue.
+
+    Threads take messages themselves, and the loop hears of what they finished in one call per burst, not per message.
+    A thread cannot be cancelled: one that runs over `timeout` is abandoned. Its message fails, another thread takes its
+    place, and what it returns one day is dropped. `on_exhausted` is called when as many were abandoned as there are
+    processors: the process cannot be trusted with more.
+    """
+
+    def __init__(self, spec: PipelineSpec, settler: PipelineSettler, batchers: Batchers, failures: Failures) -> None:
+        self.spec = spec
+        self.settler = settler
+        self.batchers = batchers
+        self.failures = failures
+        self.on_idle: Callable[[], None] = _nothing
+        self.on_finished: Callable[[Message[Any]], None] | None = None
+        self.on_exhausted: Callable[[], None] = _nothing
+        self.abandoned = 0
+        self._queue: SimpleQueue[Message[Any] | None] = SimpleQueue()
+        self._done: deque[tuple[Message[Any], Any, BaseException | None]] = deque()
+        self._told = False
+        self._inside = 0  # messages put and not collected
+        self._slots: list[_Slot] = []
+        self._failing: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._sweep: asyncio.TimerHandle | None = None
+        if spec.timeout is not None:
+            self._sweep = self._loop.call_later(spec.timeout / SWEEPS, self._sweep_slots, spec.timeout)
+
+    @property
+    def unstarted(self) -> int:
+        return self._queue.qsize()
+
+    @property
+    def running(self) -> int:
+        return self._inside - self._queue.qsize() + len(self._failing)
+
+    @property
+    def idle(self) -> bool:
+        return self._inside < self.spec.concurrency
+
+    def put(self, messages: Sequence[Message[Any]]) -> None:
+        """Queue messages, in order."""
+        self._inside += len(messages)
+        for message in messages:
+            self._queue.put(message)
+        while len(self._slots) < min(self.spec.concurrency, self._inside):
+            self._start()
+
+    def take_unstarted(self) -> list[Message[Any]]:
+        taken: list[Message[Any]] = []
+        while True:
+            try:
+                message = self._queue.get_nowait()
+            except Empty:
+                break
+            if message is not None:
+                self._inside -= 1
+                if message.state == QUEUED:
+                    taken.append(message)
+        return taken
+
+    def cancel(self) -> int:
+        """A thread cannot be cut off: what it runs stays unsettled, and comes back when the process is gone."""
+        return 0
+
+    def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for slot in self._slots:
+            slot.abandoned = True
+            self._queue.put(None)
+        for task in self._failing:
+            task.cancel()
+
+    def _start(self) -> None:
+        slot = _Slot()
+        self._slots.append(slot)
+        # Daemons: a handler that never returns must not keep the process from ending after its drain.
+        name = f"{self.spec.name}: processor {len(self._slots) + self.abandoned}"
+        threading.Thread(target=self._work, args=(slot,), name=name, daemon=True).start()
+
+    def _work(self, slot: _Slot) -> None:
+        get, done, handle, decode = self._queue.get, self._done, self.spec.handle, self.spec.decode
+        settler = self.settler
+        while not slot.abandoned:
+            message = get()
+            if message is None:
+                return
+            if self._gone(slot):
+                self._queue.put(message)  # it was abandoned while it waited here
+                return
+            if message.state != QUEUED:
+                done.append((message, None, None))
+            else:
+                message.state = RUNNING
+                message.settler = settler
+                slot.message = message
+                try:
+                    message.payload = message.body if decode is None else decode(message.body)
+                    value = handle(message)
+                    if inspect.isawaitable(value):
+                        raise _not_awaitable(handle, value)
+                    outcome: tuple[Message[Any], Any, BaseException | None] = (message, value, None)
+                except BaseException as error:
+                    outcome = (message, None, error)
+                slot.message = None
+                if self._gone(slot):
+                    return
+                done.append(outcome)
+            if not self._told:
+                self._told = True
+                try:
+                    self._loop.call_soon_threadsafe(self._collect)
+                except RuntimeError:
+                    return  # the loop is closed: the process ends, and the broker hands the message out again
+
+    def _gone(self, slot: _Slot) -> bool:
+        return slot.abandoned
+
+    def _collect(self) -> None:
+        """Take what threads have finished since the last call."""
+        self._told = False
+        failed: list[Message[Any]] = []
+        for _ in range(len(self._done)):
+            message, value, error = self._done.popleft()
+            self._inside -= 1
+            error = error or message.error
+            if error is None:
+                error = self._finish(message, value)
+            if error is not None:
+                message.error = error
+                failed.append(message)
+        if failed:
+            task = self._loop.create_task(self.failures.failed(failed))
+            self._failing.add(task)
+            task.add_done_callback(self._failing_ended)
+        self.on_idle()
+
+    def _finish(self, message: Message[Any], value: Any) -> BaseException | None:
+        if message.state != RUNNING:
+            return None
+        if not self.spec.batchers:
+            self.settler.ack(message)
+        else:
+            try:
+                self.batchers.add(message, value)
+            except Exception as error:
+                return error
+        if self.on_finished is not None:
+            self.on_finished(message)
+        return None
+
+    def _failing_ended(self, task: asyncio.Task[None]) -> None:
+        self._failing.discard(task)
+        self.on_idle()
+
+    def _sweep_slots(self, timeout: float) -> None:
+        """Abandon threads that run over `timeout`."""
+        now = self._loop.time()
+        for slot in list(self._slots):
+            message = slot.message
+            if message is not slot.seen:
+                slot.seen, slot.since = message, now
+            elif message is not None and now - slot.since >= timeout * (1 - 1 / SWEEPS):
+                self._abandon(slot, message, timeout)
+        self._sweep = self._loop.call_later(timeout / SWEEPS, self._sweep_slots, timeout)
+
+    def _abandon(self, slot: _Slot, message: Message[Any], timeout: float) -> None:
+        slot.abandoned = True
+        if slot.message is not message:
+            return  # it finished this very moment, and has said so
+        self._slots.remove(slot)
+        self.abandoned += 1
+        error = HandlerTimeout(
+            f"{self.spec.name}: message {message.id} ran over {timeout} s; a thread cannot be cancelled, "
+            "so it is abandoned and another takes its place"
+        )
+        self._done.append((message, None, error))
+        self._collect()
+        self._start()
+        if self.abandoned >= self.spec.concurrency:
+            self.on_exhausted()
+
+
+def _not_awaitable(handle: Any, value: Any) -> TypeError:
+    if inspect.iscoroutine(value):
+        value.close()  # or it would warn that it was never awaited
+    code = getattr(handle, "__code__", None)
+    where = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+    name = getattr(handle, "__qualname__", repr(handle))
+    return TypeError(f"{name}{where} is a plain `def` and returned an awaitable; declare it `async def`")
+
+
+def _nothing() -> None:
+    pass

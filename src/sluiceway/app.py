@@ -1,0 +1,298 @@
+"""The app: a broker, consumers, and what runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Literal, Unpack
+
+from ._decisions.topics import check_topic
+from .codec import encode
+from .consumer import ConsumerDecorator, ConsumerDef, consumer, definition
+from .errors import AppError, OptionError
+from .manager import ConsumerManager
+from .message import NO_HEADERS, Outgoing
+from .options import ConsumerOptions
+from .pipeline import SHUTDOWN_TIMEOUT
+from .telemetry import Telemetry
+from .transport import Transport
+
+log = logging.getLogger("sluiceway")
+
+DEFAULT_URL = "sqlite:///sluiceway.db"
+
+_SCHEMES: dict[str, tuple[str, str]] = {
+    "memory": ("sluiceway.transports.memory", "MemoryTransport"),
+    "sqlite": ("sluiceway.transports.sqlite", "SQLiteTransport"),
+}
+
+
+def open_transport(url: str) -> Transport:
+    """The transport of a URL, not yet connected. Raises OptionError for a scheme that is not known."""
+    scheme = url.partition(":")[0]
+    if scheme not in _SCHEMES or "://" not in url:
+        known = ", ".join(f"{one}://" for one in sorted(_SCHEMES))
+        raise OptionError(f"there is no transport for {_without_password(url)!r}; a URL starts with one of: {known}")
+    module, name = _SCHEMES[scheme]
+    made: Transport = getattr(importlib.import_module(module), name).from_url(url)
+    return made
+
+
+class App:
+    """A broker and the consumers that run over it.
+
+    - `broker`: a URL or a Transport; unless given `sqlite:///sluiceway.db`, a file in the working folder.
+    - `group`: the group of consumers that name none. Each group gets every message once.
+    - `lifespan`: an async context manager function; what it yields is handed to every handler that takes a second
+      argument. It is entered before the first message and left after the last settle.
+    - `consumers`: consumers declared apart with `@consumer`.
+    - `shutdown_timeout`: seconds a drain may take before running handlers are cancelled.
+    - `max_restarts` in `max_seconds`: how often a pipeline may crash before it is given up. `give_up`: `exit` drains the
+      others and raises PipelineFailed; `continue` goes on without it.
+
+    Raises OptionError for what is not allowed.
+    """
+
+    def __init__(
+        self,
+        broker: str | Transport = DEFAULT_URL,
+        *,
+        group: str = "default",
+        lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
+        consumers: Iterable[Any] = (),
+        shutdown_timeout: float = SHUTDOWN_TIMEOUT,
+        max_restarts: int = 3,
+        max_seconds: float = 60.0,
+        give_up: Literal["exit", "continue"] = "exit",
+    ) -> None:
+        if not group:
+            raise OptionError("App: group must be a non-empty string")
+        if shutdown_timeout < 0:
+            raise OptionError(f"App: shutdown_timeout must be 0 or more seconds, got {shutdown_timeout!r}")
+        if give_up not in ("exit", "continue"):
+            raise OptionError(f"App: give_up must be 'exit' or 'continue', got {give_up!r}")
+        self.url = broker if isinstance(broker, str) else None
+        self.group = group
+        self.lifespan = lifespan
+        self.shutdown_timeout = shutdown_timeout
+        self.max_restarts = max_restarts
+        self.max_seconds = max_seconds
+        self.give_up = give_up
+        self.telemetry = Telemetry()
+        self.consumers: dict[str, ConsumerDef] = {}
+        self.transport: Transport = open_transport(broker) if isinstance(broker, str) else broker
+        self.manager = ConsumerManager(self)
+        self._connected: asyncio.AbstractEventLoop | None = None
+        self._users = 0
+        for one in consumers:
+            self.add(one)
+
+    # -- declaring -----------------------------------------------------------------------------------------------
+
+    def consumer(self, *topics: str, **options: Unpack[ConsumerOptions]) -> ConsumerDecorator:
+        """Declare a consumer of this app: a function or a Consumer class. Raises OptionError and AppError."""
+        declare = consumer(*topics, **options)
+
+        def register(target: Any) -> Any:
+            declared = declare(target)
+            self.add(declared)
+            return declared
+
+        return register
+
+    def add(self, declared: Any) -> None:
+        """Add a consumer that was declared apart. Raises AppError when the name is taken."""
+        found = definition(declared)
+        if found.name in self.consumers:
+            raise AppError(
+                f"two consumers are named {found.name!r}, on {self.consumers[found.name].topics} and {found.topics}; "
+                "give one of them name=..."
+            )
+        self.consumers[found.name] = found
+
+    # -- publishing ----------------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        topic: str,
+        payload: Any,
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        delay: float = 0.0,
+    ) -> str:
+        """Publish one message; returns its id. Durable when it returns.
+
+        `payload` becomes JSON; bytes go as they are. `delay` seconds pass before anyone receives it. Connects when the
+        app is not connected; close with `aclose` or use `async with app:`. Raises PublishError, PayloadTooLarge and,
+        for what is not allowed, OptionError.
+        """
+        outgoing = make_outgoing(topic, payload, key=key, headers=headers, delay=delay)
+        await self._publish((outgoing,))
+        return outgoing.id
+
+    async def publish_many(
+        self,
+        topic: str,
+        payloads: Iterable[Any],
+        *,
+        key: Callable[[Any], str | None] | None = None,
+        headers: Mapping[str, str] | None = None,
+        delay: float = 0.0,
+    ) -> list[str]:
+        """Publish many payloads to one topic, in order, in as few calls as the broker allows; returns their ids.
+
+        `key` makes the key of each payload. Either all is published or PublishError says what is not (`.failed`).
+        """
+        check_topic(topic, pattern=False)
+        kept = dict(headers) if headers else NO_HEADERS
+        outgoing = [
+            Outgoing(topic, encode(payload), None if key is None else key(payload), kept, delay=delay)
+            for payload in payloads
+        ]
+        await self._publish(outgoing)
+        return [one.id for one in outgoing]
+
+    def publish_sync(self, topic: str, payload: Any, **options: Any) -> str:
+        """`publish` for scripts without a loop: connects, publishes, closes. Raises AppError inside a running loop."""
+        published: str = self._sync(self.publish(topic, payload, **options))
+        return published
+
+    def publish_many_sync(self, topic: str, payloads: Iterable[Any], **options: Any) -> list[str]:
+        """`publish_many` for scripts without a loop."""
+        published: list[str] = self._sync(self.publish_many(topic, payloads, **options))
+        return published
+
+    async def _publish(self, outgoing: Sequence[Outgoing]) -> None:
+        await self.connect()
+        if outgoing:
+            await self.transport.publish(outgoing)
+
+    def _sync(self, work: Any) -> Any:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self._then_close(work))
+        work.close()
+        raise AppError("publish_sync was called inside a running event loop; use `await app.publish(...)` there")
+
+    async def _then_close(self, work: Any) -> Any:
+        try:
+            return await work
+        finally:
+            await self.aclose()
+
+    # -- connecting ----------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Connect to the broker. Idempotent. Raises ConnectError that says what to do."""
+        loop = asyncio.get_running_loop()
+        if self._connected is not loop:
+            await self.transport.connect()
+            self._connected = loop
+
+    async def aclose(self) -> None:
+        """Close the connection, unless consumers run over it. Idempotent."""
+        if self._connected is not None and self._users == 0:
+            self._connected = None
+            await self.transport.aclose()
+
+    async def __aenter__(self) -> App:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def running(self, *names: str) -> AsyncIterator[ConsumerManager]:
+        """Run the app's consumers (all, or those named) inside a test, a script or a web app.
+
+        Every pipeline's source is open when the body starts, so that what is published from then on is received. All
+        pipelines drain when it ends. Raises what a pipeline or a handler that exits raised.
+        """
+        self._users += 1
+        try:
+            await self.connect()
+            async with self._lifespan() as context, self.manager.supervise(context, names):
+                yield self.manager
+        finally:
+            self._users -= 1
+            await self.aclose()
+
+    async def run(self, *names: str, stop: asyncio.Event | None = None) -> None:
+        """Run until SIGINT or SIGTERM (or `stop` is set), then drain. A second signal cuts the drain short.
+
+        Raises PipelineFailed when a pipeline is given up, and what a handler that exits the app raised.
+        """
+        asked = stop or asyncio.Event()
+        with self._signals(asked):
+            async with self.running(*names) as manager:
+                await manager.until(asked)
+
+    @asynccontextmanager
+    async def _lifespan(self) -> AsyncIterator[Any]:
+        if self.lifespan is None:
+            yield None
+        else:
+            async with self.lifespan() as context:
+                yield context
+
+    @contextlib.contextmanager
+    def _signals(self, asked: asyncio.Event) -> Any:
+        loop = asyncio.get_running_loop()
+
+        def on_signal(name: str) -> None:
+            if asked.is_set():
+                log.warning("%s again: running handlers are cancelled", name)
+                self.manager.hurry()
+            else:
+                log.info("%s: draining; once more cancels what runs", name)
+                asked.set()
+
+        handled = []
+        for one in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # no signals off the main thread
+                loop.add_signal_handler(one, on_signal, one.name)
+                handled.append(one)
+        try:
+            yield
+        finally:
+            for one in handled:
+                loop.remove_signal_handler(one)
+
+
+def make_outgoing(
+    topic: str,
+    payload: Any,
+    *,
+    key: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    delay: float = 0.0,
+) -> Outgoing:
+    """A message to publish. Raises OptionError for a topic, key, header or delay that is not allowed."""
+    check_topic(topic, pattern=False)
+    if key is not None and not isinstance(key, str):
+        raise OptionError(f"publish to {topic!r}: key must be a string or None, got {key!r}")
+    if not delay >= 0 or delay == float("inf"):
+        raise OptionError(f"publish to {topic!r}: delay must be 0 or more seconds, got {delay!r}")
+    given: Mapping[Any, Any] = headers or {}
+    for name, value in given.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise OptionError(f"publish to {topic!r}: headers are strings, got {name!r}: {value!r}")
+    return Outgoing(topic, encode(payload), key, dict(headers) if headers else NO_HEADERS, delay=delay)
+
+
+def _without_password(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    if not at:
+        return url
+    scheme, _, user = head.partition("://")
+    return f"{scheme}://{user.partition(':')[0]}:***@{tail}"

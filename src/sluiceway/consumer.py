@@ -1,0 +1,331 @@
+"""What a user declares: a consumer, as a function or as a class, with one list of options."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar, Unpack, get_args, get_origin, overload
+
+from msgspec import Struct
+
+from ._decisions.topics import check_topic
+from ._runtime.spec import ErrorChoice
+from .errors import AppError, OptionError
+from .message import DEFAULT_BATCHER, Batch, Message
+from .options import Batching, ConsumerOptions, Resolved, resolve
+
+T = TypeVar("T")
+R = TypeVar("R")
+C = TypeVar("C")
+ConsumerT = TypeVar("ConsumerT", bound="Consumer[Any]")
+BatchF = TypeVar("BatchF", bound=Callable[..., Any])
+HookF = TypeVar("HookF", bound=Callable[..., Any])
+
+
+class Consumer(Generic[T]):
+    """A consumer as a class: override `handle`, or `handle_batch`, or both.
+
+        @app.consumer("payments.created", concurrency=10, batch_size=50, batch_timeout=1.0)
+        class Payments(Consumer[Payment]):
+            async def handle(self, message: Message[Payment]) -> Entry: ...
+            async def handle_batch(self, batch: Batch[Entry]) -> None: ...
+
+    Its constructor takes what the app's `lifespan` yields, if it takes anything. One object serves the whole pipeline.
+    Each method may also be a plain `def`; `handle` and `handle_batch` then run on threads.
+    """
+
+    def handle(self, message: Message[T]) -> Any:
+        """Handle one message. What it returns is what the batch receives; what it raises fails the message."""
+        raise NotImplementedError
+
+    def handle_batch(self, batch: Batch[Any]) -> Any:
+        """Handle one batch. What it raises fails the whole batch; `batch[i].fail(error)` fails one message."""
+        raise NotImplementedError
+
+    def handle_error(self, message: Message[T], error: BaseException) -> Awaitable[ErrorChoice] | ErrorChoice:
+        """Say how a failed message ends: "ack", Reject, RetryLater or Release; None: as the retry policy says."""
+        return None
+
+    def handle_failed(self, messages: Sequence[Message[T]]) -> Awaitable[None] | None:
+        """Learn of messages that are not tried again, before they are dead-lettered. `message.error` says why."""
+        return None
+
+
+class BatcherDef(Struct, frozen=True):
+    """A batcher as declared: its batch handler and the sizes given with it."""
+
+    handle: Callable[..., Any]
+    batching: Batching
+
+
+class ConsumerDef:
+    """A consumer as declared, before it runs. `options` are its effective options with their origin."""
+
+    def __init__(self, topics: tuple[str, ...], given: Mapping[str, Any], default_name: str) -> None:
+        self.name: str = given.get("name") or default_name
+        for topic in topics:
+            _checked_topic(self.name, topic)
+        if not topics:
+            raise OptionError(f"{self.name}: name at least one topic")
+        self.topics = topics
+        self.given = dict(given)
+        self.overrides: dict[str, str] = {}
+        self.batchers: dict[str, BatcherDef] = {}
+        self.options: dict[str, Resolved] = resolve(self.name, given)
+
+    def override(self, name: str, text: str) -> None:
+        """Change an option from the command line. Raises OptionError."""
+        self.overrides[name] = text
+        self.options = resolve(self.name, self.given, self.overrides)
+
+    def value(self, name: str) -> Any:
+        return self.options[name].value
+
+    def default_batching(self) -> Batching:
+        return Batching(size=self.value("batch_size"), timeout=self.value("batch_timeout"))
+
+    def bind(self, context: Any) -> Bound:
+        """The functions that run, with the context that the app's lifespan yields."""
+        raise NotImplementedError
+
+
+class Bound(Struct, frozen=True):
+    """A consumer's functions for one run."""
+
+    handle: Callable[[Message[Any]], Any]
+    is_async: bool
+    payload_type: Any
+    batchers: Mapping[str, tuple[Callable[[Batch[Any]], Any], Batching]]
+    on_error: Callable[[Message[Any], BaseException], Any] | None
+    on_failed: Callable[[Sequence[Message[Any]]], Any] | None
+
+
+class FunctionConsumer(ConsumerDef, Generic[T, R]):
+    """A consumer as a function. Calling it calls the function, so that it can be tested by itself."""
+
+    def __init__(self, function: Callable[..., Any], topics: tuple[str, ...], given: Mapping[str, Any]) -> None:
+        super().__init__(topics, given, getattr(function, "__name__", "consumer"))
+        self.function = function
+        self.payload_type = given.get("payload") or _payload_type(self.name, function)
+        self._on_error: Callable[..., Any] | None = None
+        self._on_failed: Callable[..., Any] | None = None
+        self.__doc__ = function.__doc__
+        for name in self.value("batchers"):
+            raise OptionError(f"{self.name}: declare batcher {name!r} with @{self.name}.batch({name!r}, ...)")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def batch(
+        self,
+        name: str = DEFAULT_BATCHER,
+        *,
+        size: int | None = None,
+        timeout: float | None = None,
+        key: Callable[[R], Hashable] | None = None,
+        concurrency: int = 1,
+    ) -> Callable[[BatchF], BatchF]:
+        """Declare a batcher and its batch handler.
+
+        A batch goes after `size` messages (default 100) or `timeout` seconds (default 1.0). `key` takes what the handler
+        returned; messages of one key share batches. `concurrency` batches run at once. Raises OptionError.
+        """
+        default = self.default_batching()
+
+        def declare(function: BatchF) -> BatchF:
+            if name in self.batchers:
+                raise OptionError(f"{self.name}: batcher {name!r} is declared twice")
+            try:
+                batching = Batching(
+                    size=default.size if size is None else size,
+                    timeout=default.timeout if timeout is None else timeout,
+                    key=key,
+                    concurrency=concurrency,
+                )
+            except OptionError as error:
+                raise OptionError(f"{self.name}, batcher {name!r}: {error}") from None
+            self.batchers[name] = BatcherDef(function, batching)
+            return function
+
+        return declare
+
+    def handle_error(self, function: HookF) -> HookF:
+        """Declare `handle_error(message, error)`; see Consumer.handle_error."""
+        self._on_error = function
+        return function
+
+    def handle_failed(self, function: HookF) -> HookF:
+        """Declare `handle_failed(messages)`; see Consumer.handle_failed."""
+        self._on_failed = function
+        return function
+
+    def bind(self, context: Any) -> Bound:
+        batchers = {name: (_with(one.handle, context), one.batching) for name, one in self.batchers.items()}
+        return Bound(
+            handle=_with(self.function, context),
+            is_async=is_async(self.function),
+            payload_type=self.payload_type,
+            batchers=batchers,
+            on_error=self._on_error,
+            on_failed=self._on_failed,
+        )
+
+
+class ClassConsumer(ConsumerDef):
+    """A consumer as a class."""
+
+    def __init__(self, kind: type[Consumer[Any]], topics: tuple[str, ...], given: Mapping[str, Any]) -> None:
+        super().__init__(topics, given, kind.__name__)
+        self.kind = kind
+        self.has_handle = kind.handle is not Consumer.handle
+        self.has_batch = kind.handle_batch is not Consumer.handle_batch
+        if not (self.has_handle or self.has_batch):
+            raise OptionError(f"{self.name}: define handle, handle_batch or both")
+        if self.value("batchers") and not self.has_batch:
+            raise OptionError(f"{self.name}: batchers need a handle_batch")
+        self.payload_type = given.get("payload") or _class_payload_type(self.name, kind, self.has_handle)
+        if self.has_batch:
+            named = self.value("batchers") or {}
+            batchers = named if DEFAULT_BATCHER in named else {DEFAULT_BATCHER: self.default_batching(), **named}
+            self.batchers = {name: BatcherDef(kind.handle_batch, batching) for name, batching in batchers.items()}
+
+    def bind(self, context: Any) -> Bound:
+        takes = _positional(self.kind.__init__) - 1 if self.kind.__init__ is not object.__init__ else 0
+        make: Callable[..., Consumer[Any]] = self.kind
+        consumer = make(context) if takes else make()
+        sizes = self._sizes()
+        return Bound(
+            handle=consumer.handle if self.has_handle else _payload,
+            is_async=is_async(consumer.handle) if self.has_handle else True,
+            payload_type=self.payload_type,
+            batchers={name: (consumer.handle_batch, sizes[name]) for name in self.batchers},
+            on_error=consumer.handle_error if self.kind.handle_error is not Consumer.handle_error else None,
+            on_failed=consumer.handle_failed if self.kind.handle_failed is not Consumer.handle_failed else None,
+        )
+
+    def _sizes(self) -> dict[str, Batching]:
+        """The sizes to run with: the default batcher's follow the command line."""
+        sizes = {name: one.batching for name, one in self.batchers.items()}
+        if DEFAULT_BATCHER in sizes and DEFAULT_BATCHER not in self.value("batchers"):
+            sizes[DEFAULT_BATCHER] = self.default_batching()
+        return sizes
+
+
+async def _payload(message: Message[Any]) -> Any:
+    return message.payload
+
+
+class ConsumerDecorator(Protocol):
+    """What `consumer(...)` returns: it takes a function or a Consumer class."""
+
+    # A class is callable too, so the first overload overlaps the last two; the first that fits is taken, which is right.
+    @overload
+    def __call__(self, target: type[ConsumerT]) -> type[ConsumerT]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, target: Callable[[Message[T]], Awaitable[R]]) -> FunctionConsumer[T, R]: ...
+    @overload
+    def __call__(self, target: Callable[[Message[T], C], Awaitable[R]]) -> FunctionConsumer[T, R]: ...
+    @overload
+    def __call__(self, target: Callable[[Message[T]], R]) -> FunctionConsumer[T, R]: ...
+    @overload
+    def __call__(self, target: Callable[[Message[T], C], R]) -> FunctionConsumer[T, R]: ...
+
+
+DEFINITION = "__sluiceway_consumer__"
+
+
+def consumer(*topics: str, **options: Unpack[ConsumerOptions]) -> ConsumerDecorator:
+    """Declare a consumer apart from an app; list it in `App(consumers=[...])`.
+
+    `topics` may be patterns (`*` one word, `#` any number). Raises OptionError, here and now, for what is not allowed.
+    """
+
+    def declare(target: Any) -> Any:
+        if inspect.isclass(target):
+            if not issubclass(target, Consumer):
+                raise OptionError(f"{target.__name__}: a consumer class inherits from Consumer[payload type]")
+            setattr(target, DEFINITION, ClassConsumer(target, topics, options))
+            return target
+        if not callable(target):
+            raise OptionError(f"a consumer is a function or a class, got {target!r}")
+        return FunctionConsumer(target, topics, options)
+
+    return declare
+
+
+def definition(declared: Any) -> ConsumerDef:
+    """The definition behind what `consumer(...)` returned. Raises AppError for anything else."""
+    found = declared if isinstance(declared, ConsumerDef) else vars(declared).get(DEFINITION)
+    if not isinstance(found, ConsumerDef):
+        raise AppError(f"{declared!r} is not a consumer; decorate it with @consumer(topic)")
+    return found
+
+
+def _checked_topic(name: str, topic: str) -> None:
+    try:
+        check_topic(topic, pattern=True)
+    except OptionError as error:
+        raise OptionError(f"{name}: {error}") from None
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    call = getattr(function, "__call__", None)  # noqa: B004 # an object whose __call__ is async counts too
+    return inspect.iscoroutinefunction(inspect.unwrap(function)) or inspect.iscoroutinefunction(call)
+
+
+def _positional(function: Callable[..., Any]) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(one.kind in kinds for one in inspect.signature(function).parameters.values())
+
+
+def _with(function: Callable[..., Any], context: Any) -> Callable[[Any], Any]:
+    """`function(message)`, also when it takes the context as its second argument."""
+    if _positional(function) < 2:
+        return function
+    if is_async(function):
+
+        async def bound(subject: Any) -> Any:
+            return await function(subject, context)
+
+        return bound
+    return lambda subject: function(subject, context)
+
+
+def _payload_type(name: str, function: Callable[..., Any]) -> Any:
+    """T of the first parameter's `Message[T]`; Any (whatever the JSON says) when it says nothing."""
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters:
+        raise OptionError(f"{name}: a handler takes the message as its first argument")
+    annotation = parameters[0].annotation
+    if isinstance(annotation, str):
+        try:
+            annotation = typing.get_type_hints(function).get(parameters[0].name, Any)
+        except NameError as error:
+            raise OptionError(
+                f"{name}: the annotation {annotation!r} cannot be read here ({error}); "
+                "define the type at module level or give payload=..."
+            ) from None
+    if get_origin(annotation) is Message:
+        (argument,) = get_args(annotation)
+        return Any if isinstance(argument, TypeVar) else argument
+    return Any
+
+
+def _class_payload_type(name: str, kind: type[Consumer[Any]], has_handle: bool) -> Any:
+    for base in getattr(kind, "__orig_bases__", ()):
+        if get_origin(base) is Consumer:
+            (argument,) = get_args(base)
+            return Any if isinstance(argument, TypeVar) else argument
+    if not has_handle:
+        return Any
+    return _payload_type(name, _unbound(kind.handle))
+
+
+def _unbound(method: Callable[..., Any]) -> Callable[..., Any]:
+    def handle(message: Any) -> Any: ...
+
+    handle.__annotations__ = {
+        "message": next((v for k, v in typing.get_type_hints(method).items() if k != "return"), Any)
+    }
+    return handle

@@ -1,0 +1,134 @@
+"""Every exception Sluiceway raises or understands.
+
+SluicewayError
+├── OptionError            an option has a value that is not allowed (also a ValueError)
+├── AppError               the app is declared or used wrongly
+├── TransportError         a broker cannot do what was asked
+│   ├── ConnectError       it cannot be reached, opened or trusted
+│   ├── PublishError       some messages were not accepted; `.failed` says which
+│   ├── PayloadTooLarge    a body is over the broker's limit (also a PublishError)
+│   └── Unsupported        the broker lacks a feature that an option needs
+├── DecodeError            a body is not what the consumer's payload type says
+├── HandlerTimeout         a handler ran longer than the consumer's `timeout`
+├── RoutingError           a message was sent to a batcher that does not exist
+├── ForeignMessage         a batch handler failed a message of another batch
+├── AlreadySettled         a message was settled before
+├── LeaseLost              an early ack came too late: another consumer has the message
+└── PipelineFailed         a pipeline crashed more often than `max_restarts` allows
+
+Directive                  raised by handlers to say how their message ends
+├── Reject                 dead letter now, no retry
+├── RetryLater             try again after a delay
+└── Release                hand back untouched, nothing counted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class SluicewayError(Exception):
+    """The root of all errors that Sluiceway raises."""
+
+
+class OptionError(SluicewayError, ValueError):
+    """An option has a name, a type or a value that is not allowed. Raised at definition or at start."""
+
+
+class AppError(SluicewayError):
+    """The app is declared or used wrongly: two consumers with one name, publishing after close."""
+
+
+class TransportError(SluicewayError):
+    """A broker cannot do what was asked of it."""
+
+
+class ConnectError(TransportError):
+    """The broker cannot be reached, opened or trusted."""
+
+
+class PublishError(TransportError):
+    """Some messages were not accepted by the broker; the others were, durably.
+
+    `failed` holds the outgoing messages that were not accepted, in the order given.
+    """
+
+    def __init__(self, message: str, failed: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.failed = tuple(failed)
+
+
+class PayloadTooLarge(PublishError):
+    """A body is over the broker's limit. Nothing of the call was published."""
+
+
+class Unsupported(TransportError):
+    """The broker lacks a feature that an option needs. Raised at start, never at the first message."""
+
+
+class DecodeError(SluicewayError):
+    """A body is not what the consumer's payload type says. Its message goes to dead letters without a retry."""
+
+
+class HandlerTimeout(SluicewayError, TimeoutError):
+    """A handler ran longer than the consumer's `timeout`."""
+
+
+class RoutingError(SluicewayError):
+    """A message was sent to a batcher that does not exist."""
+
+
+class ForeignMessage(SluicewayError):
+    """A batch handler failed a message that is not of its batch."""
+
+
+class AlreadySettled(SluicewayError):
+    """A message was settled before; a delivery is settled once."""
+
+
+class LeaseLost(SluicewayError):
+    """An early `ack()` came too late: the broker has given the message to another consumer."""
+
+
+class PipelineFailed(SluicewayError):
+    """A pipeline crashed more often than its restart rule allows; the last crash is the cause."""
+
+
+class Directive(Exception):
+    """What a handler raises to say how its message ends. Not an error: it is not logged as one."""
+
+
+class Reject(Directive):
+    """Send the message to dead letters now, without a retry.
+
+    `reason` is kept with the dead letter.
+    """
+
+    def __init__(self, reason: str = "rejected") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class RetryLater(Directive):
+    """Try the message again after `delay` seconds (None: what the retry policy says).
+
+    It counts as a failed attempt, so that a message cannot circle for ever; `counted=False` says it must not,
+    for a limit that is nobody's fault.
+    """
+
+    def __init__(self, delay: float | None = None, reason: str = "retry later", *, counted: bool = True) -> None:
+        super().__init__(reason)
+        if delay is not None and delay < 0:
+            raise OptionError(f"RetryLater: delay must be 0 or more seconds, got {delay!r}")
+        self.delay = delay
+        self.reason = reason
+        self.counted = counted
+
+
+class Release(Directive):
+    """Hand the message back to the broker untouched: nothing is counted and any consumer may take it."""
+
+    def __init__(self, reason: str = "released") -> None:
+        super().__init__(reason)
+        self.reason = reason

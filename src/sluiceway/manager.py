@@ -1,0 +1,208 @@
+"""The manager starts, stops, lists and restarts the pipelines of an app's consumers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from ._decisions.backoff import RestartRule
+from ._runtime.flow import Drained
+from ._runtime.supervisor import PipelineStats, Supervisor
+from .errors import AppError, PipelineFailed
+from .options import unknown
+from .pipeline import make_spec, make_subscription
+from .source import Backlog, Source
+
+if TYPE_CHECKING:
+    from .app import App
+
+log = logging.getLogger("sluiceway")
+
+
+class _Running:
+    """One consumer's pipeline and the task that runs it."""
+
+    def __init__(self, supervisor: Supervisor, task: asyncio.Task[None]) -> None:
+        self.supervisor = supervisor
+        self.task = task
+
+
+class ConsumerManager:
+    """The pipelines of one app. It works inside `app.running()` and `app.run()`."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._context: Any = None
+        self._running: dict[str, _Running] = {}
+        self._ended: dict[str, PipelineStats] = {}
+        self._failure: BaseException | None = None
+        self._failed = asyncio.Event()
+        self._active = False
+        self._hurry = False
+
+    # -- what users call -----------------------------------------------------------------------------------------
+
+    async def start(self, name: str) -> None:
+        """Start a consumer; returns when its source is open. Idempotent. Raises what opening it raises."""
+        self._check(name)
+        if name in self._running:
+            return
+        definition = self._app.consumers[name]
+        group = definition.value("group") or self._app.group
+        transport = self._app.transport
+        spec = make_spec(definition, definition.bind(self._context), group=group, features=transport.features)
+        subscription = make_subscription(definition, spec)
+        for finding in await transport.ensure([subscription], create=True):
+            if finding.level == "error":
+                raise AppError(f"{name}: {finding.text}")
+            log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s: %s", name, finding.text)
+
+        async def open_source() -> Source:
+            return await transport.subscribe(subscription)
+
+        rule = RestartRule(self._app.max_restarts, self._app.max_seconds)
+        supervisor = Supervisor(spec, open_source, self._app.telemetry, rule, self._shutdown_timeout)
+        supervisor.on_exit = self._fail
+        task = asyncio.create_task(supervisor.run(), name=f"{name}: pipeline")
+        self._running[name] = _Running(supervisor, task)
+        task.add_done_callback(lambda ended: self._on_ended(name, ended))
+        opened = asyncio.create_task(supervisor.started.wait())
+        await asyncio.wait((opened, task), return_when=asyncio.FIRST_COMPLETED)
+        opened.cancel()
+        if task.done() and not supervisor.started.is_set():
+            task.result()
+
+    async def stop(self, name: str) -> Drained | None:
+        """Drain a consumer and stop it; returns how the drain went, None when it did not run. Idempotent."""
+        self._check(name)
+        running = self._running.get(name)
+        if running is None:
+            return None
+        running.supervisor.stop()
+        await asyncio.wait((running.task,))
+        return running.supervisor.drained
+
+    async def restart(self, name: str) -> None:
+        """Drain a consumer and start it again, with its options as they are now."""
+        await self.stop(name)
+        await self.start(name)
+
+    def stats(self) -> list[PipelineStats]:
+        """Every consumer of the app at this moment, in the order of declaration."""
+        return [self._stats(name) for name in self._app.consumers]
+
+    async def backlog(self, name: str) -> Backlog | None:
+        """What waits at the broker for a consumer that runs; None when it cannot be said."""
+        self._check(name)
+        running = self._running.get(name)
+        return None if running is None else await running.supervisor.backlog()
+
+    async def idle(self, seconds: float = 0.2) -> None:
+        """Return when nothing has waited at the broker and nothing was in hand for `seconds`.
+
+        Messages that wait for a delayed retry count as waiting. Raises what made the app stop.
+        """
+        quiet = 0.0
+        while quiet < seconds:
+            if self._failure is not None:
+                raise self._failure
+            backlogs = [await self.backlog(name) for name in list(self._running)]
+            busy = any(one.held for one in self.stats()) or any(one is not None and one.messages for one in backlogs)
+            quiet = 0.0 if busy else quiet + seconds / 4
+            await asyncio.sleep(seconds / 4)
+
+    async def until(self, asked: asyncio.Event) -> None:
+        """Return when `asked` is set; raise when a pipeline is given up or a handler exits the app."""
+        waiting = [asyncio.create_task(asked.wait()), asyncio.create_task(self._failed.wait())]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+        if self._failure is not None and not asked.is_set():
+            raise self._failure
+
+    def hurry(self) -> None:
+        """Cut drains short: what still runs is cancelled."""
+        self._hurry = True
+        for running in self._running.values():
+            running.supervisor.hurry()
+
+    # -- what the app calls --------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def supervise(self, context: Any, names: Sequence[str]) -> AsyncIterator[None]:
+        """Run pipelines while the body runs; drain them all at its end."""
+        if self._active:
+            raise AppError("this app is running already")
+        for name in names:
+            self._check_known(name)
+        self._active, self._context, self._hurry = True, context, False
+        self._failure, self._failed = None, asyncio.Event()
+        self._ended.clear()
+        try:
+            for name in names or list(self._app.consumers):
+                await self.start(name)
+            yield
+        finally:
+            await self._stop_all()
+            self._active = False
+        if self._failure is not None:
+            raise self._failure
+
+    async def _stop_all(self) -> None:
+        tasks = [running.task for running in self._running.values()]
+        for running in list(self._running.values()):
+            running.supervisor.stop()
+        try:
+            if tasks:
+                await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    def _on_ended(self, name: str, task: asyncio.Task[None]) -> None:
+        running = self._running.pop(name)
+        self._ended[name] = running.supervisor.stats()
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            return
+        if isinstance(error, PipelineFailed) and self._app.give_up == "continue":
+            log.error("%s; the app goes on without it", error)
+        else:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._failed.set()
+        for running in self._running.values():
+            running.supervisor.stop()
+
+    def _stats(self, name: str) -> PipelineStats:
+        if name in self._running:
+            return self._running[name].supervisor.stats()
+        if name in self._ended:
+            return self._ended[name]
+        definition = self._app.consumers[name]
+        group = definition.value("group") or self._app.group
+        return PipelineStats(consumer=name, topics=definition.topics, group=group, state="stopped")
+
+    def _shutdown_timeout(self) -> float:
+        return 0.0 if self._hurry else self._app.shutdown_timeout
+
+    def _check(self, name: str) -> None:
+        self._check_known(name)
+        if not self._active:
+            raise AppError("the app is not running; use `async with app.running() as manager:`")
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._app.consumers:
+            raise unknown("app", name, self._app.consumers, "consumer")

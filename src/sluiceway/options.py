@@ -1,0 +1,263 @@
+"""Every option of a consumer, declared once: name, default, meaning, what is allowed.
+
+`ConsumerOptions` is the same list for type checkers; a test holds the two together, and the docs table is made from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal, TypedDict
+
+import msgspec
+from msgspec import Struct
+
+from ._decisions.topics import check_topic
+from .errors import OptionError
+from .gate import Gate
+from .middleware import Middleware
+from .retry import Retry
+from .source import OrderBy, Start
+
+
+class Batching(Struct, frozen=True, kw_only=True):
+    """One batcher: a batch goes after `size` messages or `timeout` seconds.
+
+    `key(value)` splits it by what the handler returned; `concurrency` batches of it run at once. Raises OptionError.
+    """
+
+    size: int = 100
+    timeout: float = 1.0
+    key: Callable[[Any], Hashable] | None = None
+    concurrency: int = 1
+
+    def __post_init__(self) -> None:
+        for name, check in (("size", _count), ("timeout", _seconds), ("concurrency", _count)):
+            problem = check(getattr(self, name))
+            if problem:
+                raise OptionError(f"Batching: {name} must be {problem}, got {getattr(self, name)!r}")
+
+
+class ConsumerOptions(TypedDict, total=False):
+    """The keyword arguments of a consumer. Their meanings and defaults are in `OPTIONS`."""
+
+    name: str
+    group: str
+    concurrency: int
+    batch_size: int
+    batch_timeout: float
+    batchers: Mapping[str, Batching]
+    retry: Retry
+    dead_letter_topic: str
+    exhausted: Literal["dead_letter", "drop", "retry"]
+    timeout: float | None
+    middleware: Sequence[Middleware]
+    gates: Sequence[Gate]
+    order_by: OrderBy | None
+    start: Start
+    max_demand: int | None
+    max_buffer_bytes: int
+    max_payload: int | None
+    buffer_time: float
+    payload: Any
+
+
+class Option(Struct, frozen=True):
+    """One option: its default, what it means, and `check`, which returns what is allowed when a value is not."""
+
+    default: Any
+    meaning: str
+    check: Callable[[Any], str | None]
+    parse: Callable[[str], Any] | None = None
+
+
+class Resolved(Struct, frozen=True):
+    """An option's effective value and where it comes from: default, consumer, or the command line."""
+
+    value: Any
+    origin: Literal["default", "consumer", "command line"]
+
+
+def _count(value: Any) -> str | None:
+    return None if _is_int(value) and value >= 1 else "a whole number, 1 or more"
+
+
+def _seconds(value: Any) -> str | None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return None if good else "seconds, more than 0"
+
+
+def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    def checked(value: Any) -> str | None:
+        problem = None if value is None else check(value)
+        return f"{problem}, or None" if problem else None
+
+    return checked
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value and value.isprintable() else "a non-empty string"
+
+
+def _topic(value: Any) -> str | None:
+    try:
+        check_topic(value, pattern=False)
+    except OptionError as error:
+        return f"a topic ({error})"
+    return None
+
+
+def _one_of(*allowed: Any) -> Callable[[Any], str | None]:
+    listed = ", ".join(map(repr, allowed))
+    return lambda value: None if value in allowed else f"one of {listed}"
+
+
+def _instance(kind: type, what: str) -> Callable[[Any], str | None]:
+    return lambda value: None if isinstance(value, kind) else what
+
+
+def _callables(value: Any) -> str | None:
+    good = isinstance(value, Sequence) and not isinstance(value, str) and all(map(callable, value))
+    return None if good else "a sequence of functions (message, call_next)"
+
+
+def _gates(value: Any) -> str | None:
+    good = isinstance(value, Sequence) and all(isinstance(one, object) and hasattr(one, "allow") for one in value)
+    return None if good else "a sequence of gates"
+
+
+def _batchers(value: Any) -> str | None:
+    good = isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(one, Batching) for name, one in value.items()
+    )
+    return None if good else "a mapping from batcher names to Batching(...)"
+
+
+def _start(value: Any) -> str | None:
+    if isinstance(value, datetime):
+        return None if value.tzinfo is not None else "a datetime with a time zone"
+    return _one_of("earliest", "latest")(value) and "'earliest', 'latest' or a datetime with a time zone"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _anything(value: Any) -> str | None:
+    return None
+
+
+OPTIONS: dict[str, Option] = {
+    "name": Option(
+        None,
+        "What the consumer is called in logs, `inspect` and `--set`; the function's or class's name unless given.",
+        _optional(_text),
+    ),
+    "group": Option(
+        None,
+        "Each group gets every message once; its members share them. The app's group unless given.",
+        _optional(_text),
+        str,
+    ),
+    "concurrency": Option(
+        10, "How many messages are handled at once: tasks, or threads for a plain `def`.", _count, int
+    ),
+    "batch_size": Option(100, "Messages in a batch of the default batcher.", _count, int),
+    "batch_timeout": Option(
+        1.0, "Seconds after which a batch of the default batcher goes though it is not full.", _seconds, float
+    ),
+    "batchers": Option({}, "More batchers by name, each a `Batching`.", _batchers),
+    "retry": Option(
+        Retry(), "How often and how late a failed message is tried again.", _instance(Retry, "a Retry(...)")
+    ),
+    "dead_letter_topic": Option(
+        None, "Where messages go that are not tried again; `{topic}.{group}.dead` if not given.", _optional(_topic), str
+    ),
+    "exhausted": Option(
+        "dead_letter",
+        "What happens when the attempts are used up: `dead_letter`; `drop`, which loses "
+        "the message with an error in the log; `retry`, which goes on for ever.",
+        _one_of("dead_letter", "drop", "retry"),
+        str,
+    ),
+    "timeout": Option(
+        None, "Seconds that a handler or batch handler may run; None: for ever.", _optional(_seconds), float
+    ),
+    "middleware": Option((), "Functions round the handler, the first outermost.", _callables),
+    "gates": Option((), "What limits demand from outside.", _gates),
+    "order_by": Option(
+        None,
+        "`key`: messages of one key are handled one at a time, in order, also over retries.",
+        _one_of("key", None),
+        str,
+    ),
+    "start": Option("earliest", "Where a group begins that the broker has never seen.", _start, str),
+    "max_demand": Option(
+        None,
+        "The window: the most messages held unsettled; None: it follows the measured rate, up to 1,000.",
+        _optional(_count),
+        int,
+    ),
+    "max_buffer_bytes": Option(64 * 1024 * 1024, "The most body bytes held.", _count, int),
+    "max_payload": Option(
+        None,
+        "Body bytes over which a message goes to dead letters undecoded; None: the broker's limit.",
+        _optional(_count),
+        int,
+    ),
+    "buffer_time": Option(0.25, "Seconds of work that the automatic window holds.", _seconds, float),
+    "payload": Option(None, "The payload's type, where it cannot be read from the handler's annotation.", _anything),
+}
+
+
+def resolve(consumer: str, given: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> dict[str, Resolved]:
+    """The effective options of a consumer.
+
+    `given` are its own keyword arguments, `overrides` what the command line's `--set` says, as text. Raises OptionError
+    that names consumer, option, value and what is allowed.
+    """
+    result = {name: Resolved(option.default, "default") for name, option in OPTIONS.items()}
+    for name, value in given.items():
+        result[name] = Resolved(_checked(consumer, name, value), "consumer")
+    for name, text in (overrides or {}).items():
+        result[name] = Resolved(_checked(consumer, name, _parsed(consumer, name, text)), "command line")
+    return result
+
+
+def unknown(consumer: str, name: str, known: Iterable[str], kind: str = "option") -> OptionError:
+    """The error for a name that is not known, with the nearest right one."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return OptionError(f"{consumer}: there is no {kind} {name!r}{hint} Known: {', '.join(names)}")
+
+
+def _checked(consumer: str, name: str, value: Any) -> Any:
+    option = OPTIONS.get(name)
+    if option is None:
+        raise unknown(consumer, name, OPTIONS)
+    allowed = option.check(value)
+    if allowed:
+        raise OptionError(f"{consumer}: {name} must be {allowed}; got {value!r}")
+    return value
+
+
+def _parsed(consumer: str, name: str, text: str) -> Any:
+    option = OPTIONS.get(name)
+    if option is None:
+        raise unknown(consumer, name, OPTIONS)
+    if name == "retry":
+        try:
+            return msgspec.json.decode(text, type=Retry)
+        except msgspec.DecodeError as error:
+            raise OptionError(f'{consumer}: retry is set by JSON like {{"attempts": 3}}: {error}') from error
+    if option.parse is None:
+        raise OptionError(f"{consumer}: {name} cannot be set on the command line")
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return option.parse(text)
+    except ValueError:
+        raise OptionError(f"{consumer}: {name} must be {option.check(text) or 'a number'}; got {text!r}") from None

@@ -1,0 +1,45 @@
+"""How often and how late a failed message is tried again."""
+
+from __future__ import annotations
+
+import math
+
+from msgspec import Struct
+
+from .errors import OptionError
+
+
+class Retry(Struct, frozen=True, kw_only=True):
+    """Exponential backoff with jitter, held by the broker.
+
+    - `attempts`: how many in all, the first included; 1 means no retry.
+    - `base_delay`: seconds before the second attempt; each further delay is `multiplier` times the last.
+    - `max_delay`: seconds, the most one delay grows to.
+    - `jitter`: the share of each delay that is drawn at random, 0 to 1: 0.5 gives 50 % to 100 % of it, so that
+      messages that failed together do not come back together.
+    - `never`: exception types that go to dead letters at once; the rest is tried again.
+
+    Raises OptionError for a value that is not allowed.
+    """
+
+    attempts: int = 4
+    base_delay: float = 1.0
+    multiplier: float = 2.0
+    max_delay: float = 300.0
+    jitter: float = 0.5
+    never: tuple[type[BaseException], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("attempts", self.attempts, self.attempts >= 1, "1 or more")
+        _check("base_delay", self.base_delay, self.base_delay >= 0, "0 or more seconds")
+        _check("multiplier", self.multiplier, self.multiplier >= 1, "1 or more")
+        _check("max_delay", self.max_delay, self.max_delay >= 0, "0 or more seconds")
+        _check("jitter", self.jitter, 0 <= self.jitter <= 1, "between 0 and 1")
+
+
+def _check(name: str, value: float, allowed: bool, what: str) -> None:
+    if not allowed or not math.isfinite(value):
+        raise OptionError(f"Retry: {name} must be {what}, got {value!r}")
+
+
+NO_RETRY = Retry(attempts=1)

@@ -1,0 +1,1 @@
+"""One file per broker. Transports know neither each other nor the runtime."""

@@ -1,0 +1,177 @@
+"""The queues of the in-memory broker: plain ones, and keyed ones that hand out each key in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from heapq import heapify, heappop, heappush
+from operator import itemgetter
+from typing import Any
+
+from ..._decisions.suspicion import is_suspect
+
+Entry = tuple[Any, ...]
+"""A message as one group keeps it: what `Message` is made of at its next hand-over, in the order of its fields.
+
+Topic, body, id, key, headers, timestamp, scope, token; and once it was handed over, deliveries, failures, suspicions
+and suspect. Entries never change, so that groups share them. The token is the message's place, a number that grows
+with every publish; an entry that came back has (place, times it came back), so that a settle of the hand-over before
+is told from one of the next.
+"""
+
+TOPIC, BODY, ID, KEY, HEADERS, TIMESTAMP, SCOPE, TOKEN, DELIVERIES, FAILURES, SUSPICIONS, SUSPECT = range(12)
+token_of = itemgetter(TOKEN)
+
+
+class Private(tuple[Any, ...]):
+    """An entry that was published to one group; no other group gets a copy."""
+
+    __slots__ = ()
+
+
+def place_of(entry: Entry) -> int:
+    """Where the entry stands among all: smaller is earlier."""
+    token = entry[TOKEN]
+    return token if type(token) is int else token[0]
+
+
+def counts_of(entry: Entry) -> tuple[int, int, int]:
+    """Deliveries, failures and suspicions, as the next hand-over will say."""
+    return entry[DELIVERIES:SUSPECT] if len(entry) > DELIVERIES else (1, 0, 0)
+
+
+def again(entry: Entry, *, deliveries: int = 0, failures: int = 0) -> Entry:
+    """The entry for the next hand-over, with so many deliveries and failures more."""
+    token = entry[TOKEN]
+    token = (token, 1) if type(token) is int else (token[0], token[1] + 1)
+    counts = counts_of(entry)
+    if deliveries == failures == 0 and len(entry) == DELIVERIES:
+        return type(entry)((*entry[:TOKEN], token))
+    return _counted(entry, token, counts[0] + deliveries, counts[1] + failures, counts[2])
+
+
+def suspected(entry: Entry) -> Entry:
+    """The entry with one more suspicion, which explains every delivery so far."""
+    _, failures, suspicions = counts_of(entry)
+    return _counted(entry, entry[TOKEN], 2 + failures + suspicions, failures, suspicions + 1)
+
+
+def as_new(entry: Entry) -> Entry:
+    """The entry for a group that never saw it."""
+    return type(entry)((*entry[:TOKEN], place_of(entry)))
+
+
+def _counted(entry: Entry, token: Any, deliveries: int, failures: int, suspicions: int) -> Entry:
+    suspect = is_suspect(deliveries, failures, suspicions)
+    return type(entry)((*entry[:TOKEN], token, deliveries, failures, suspicions, suspect))
+
+
+class Hold:
+    """What one source holds, as the broker keeps it: deliveries by token. It outlives a source that was dropped."""
+
+    __slots__ = ("group", "held", "loop", "queues", "topics", "waiter")
+
+    def __init__(self, group: str, topics: frozenset[str], loop: asyncio.AbstractEventLoop) -> None:
+        self.group = group
+        self.topics = topics
+        self.loop = loop
+        self.queues: tuple[Queue, ...] = ()
+        self.held: dict[Any, Entry] = {}
+        self.waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> bool:
+        """Wake the source's waiting receive; False when none waits."""
+        if self.waiter is None or self.waiter.done():
+            return False
+        self.waiter.set_result(None)
+        return True
+
+
+class Queue:
+    """Messages that wait for the members of a group.
+
+    `ready` holds what was never handed over, in order, so that the usual way is an append and a popleft. What came
+    back is in `back`, a heap by place; taking merges the two.
+    """
+
+    keyed = False
+
+    def __init__(self) -> None:
+        self.ready: deque[Entry] = deque()
+        self.back: list[tuple[int, Entry]] = []
+        self.sleepers: list[Hold] = []
+        self.put: Callable[[Entry], None] = self.ready.append
+        """Add a message that was never handed over. Does not wake."""
+
+    def put_back(self, entry: Entry) -> None:
+        """Add a message in its place. Does not wake."""
+        heappush(self.back, (place_of(entry), entry))
+
+    def wake(self) -> None:
+        """Wake one waiting source; when it leaves something, it wakes the next."""
+        while self.sleepers:
+            if self.sleepers.pop(0).wake():
+                return
+
+    def take(self, hold: Hold, count: int, max_bytes: int | None) -> list[Entry]:
+        """Up to `count` messages, oldest first; with `max_bytes` stop once their bodies reach that."""
+        if max_bytes is not None:
+            return take_each((self,), hold, count, max_bytes)
+        run: list[Entry] = []
+        while self.back and len(run) < count:
+            run.append(self.pop(hold))
+        ready = self.ready
+        if run:
+            count -= len(run)
+        if count >= len(ready):
+            run.extend(ready)
+            ready.clear()
+        else:
+            pop = ready.popleft
+            run += [pop() for _ in range(count)]
+        return run
+
+    def head(self, hold: Hold) -> int | None:
+        """The place of what `pop` would give; None when there is nothing for this source."""
+        first = self.ready[0][TOKEN] if self.ready else None
+        if self.back and (first is None or self.back[0][0] < first):
+            return self.back[0][0]
+        return first
+
+    def pop(self, hold: Hold) -> Entry:
+        """The oldest message. Only when `head` is not None."""
+        if self.back and (not self.ready or self.back[0][0] < self.ready[0][TOKEN]):
+            return heappop(self.back)[1]
+        return self.ready.popleft()
+
+    def waiting(self) -> Iterator[Entry]:
+        """All messages that wait, in no order."""
+        yield from self.ready
+        for _, entry in self.back:
+            yield entry
+
+    def parked(self) -> Iterator[Entry]:
+        """All messages that wait behind an earlier one of their key."""
+        return iter(())
+
+    def drop(self, places: Collection[int]) -> None:
+        """Remove waiting messages for good."""
+        kept = [entry for entry in self.ready if entry[TOKEN] not in places]
+        self.ready.clear()  # in place: `put` is bound to it
+        self.ready.extend(kept)
+        self.back = [pair for pair in self.back if pair[0] not in places]
+        heapify(self.back)
+
+
+def take_each(queues: tuple[Queue, ...], hold: Hold, count: int, max_bytes: int) -> list[Entry]:
+    """Up to `count` messages of several queues, oldest first, and no more once their bodies reach `max_bytes`."""
+    run: list[Entry] = []
+    size = 0
+    while len(run) < count and (not run or size < max_bytes):
+        heads = [(place, index) for index, queue in enumerate(queues) if (place := queue.head(hold)) is not None]
+        if not heads:
+            break
+        run.append(queues[min(heads)[1]].pop(hold))
+        size += len(run[-1][BODY])
+    return run
