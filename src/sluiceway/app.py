@@ -92,6 +92,20 @@ class App:
         for one in consumers:
             self.add(one)
 
+    # -- the broker ----------------------------------------------------------------------------------------------
+
+    def use(self, broker: str | Transport) -> None:
+        """Run over another broker from now on. Raises AppError while connected, and OptionError for an unknown URL."""
+        if self._connected is not None:
+            raise AppError("the app is connected already; choose its broker before that")
+        self.transport = open_transport(broker) if isinstance(broker, str) else broker
+        self.url = broker if isinstance(broker, str) else None
+
+    @property
+    def broker(self) -> str:
+        """The broker as it may be shown: its URL without the password; a transport's class where no URL was given."""
+        return type(self.transport).__name__ if self.url is None else _without_password(self.url)
+
     # -- declaring -----------------------------------------------------------------------------------------------
 
     def consumer(self, *topics: str, **options: Unpack[ConsumerOptions]) -> ConsumerDecorator:

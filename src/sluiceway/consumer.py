@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, Unpack, get_args, get_origin, overload
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ._decisions.topics import check_topic
 from ._runtime.spec import ErrorChoice
@@ -85,6 +86,18 @@ class ConsumerDef:
     def default_batching(self) -> Batching:
         return Batching(size=self.value("batch_size"), timeout=self.value("batch_timeout"))
 
+    def batchings(self) -> dict[str, Batching]:
+        """The sizes that each batcher runs with: what the command line says of batches is the default batcher's."""
+        sizes = {name: one.batching for name, one in self.batchers.items()}
+        said = {
+            field: self.value(option)
+            for option, field in (("batch_size", "size"), ("batch_timeout", "timeout"))
+            if self.options[option].origin == "command line"
+        }
+        if DEFAULT_BATCHER in sizes and said:
+            sizes[DEFAULT_BATCHER] = replace(sizes[DEFAULT_BATCHER], **said)
+        return sizes
+
     def bind(self, context: Any) -> Bound:
         """The functions that run, with the context that the app's lifespan yields."""
         raise NotImplementedError
@@ -161,7 +174,8 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
         return function
 
     def bind(self, context: Any) -> Bound:
-        batchers = {name: (_with(one.handle, context), one.batching) for name, one in self.batchers.items()}
+        sizes = self.batchings()
+        batchers = {name: (_with(one.handle, context), sizes[name]) for name, one in self.batchers.items()}
         return Bound(
             handle=_with(self.function, context),
             is_async=is_async(self.function),
@@ -194,7 +208,7 @@ class ClassConsumer(ConsumerDef):
         takes = _positional(self.kind.__init__) - 1 if self.kind.__init__ is not object.__init__ else 0
         make: Callable[..., Consumer[Any]] = self.kind
         consumer = make(context) if takes else make()
-        sizes = self._sizes()
+        sizes = self.batchings()
         return Bound(
             handle=consumer.handle if self.has_handle else _payload,
             is_async=is_async(consumer.handle) if self.has_handle else True,
@@ -203,13 +217,6 @@ class ClassConsumer(ConsumerDef):
             on_error=consumer.handle_error if self.kind.handle_error is not Consumer.handle_error else None,
             on_failed=consumer.handle_failed if self.kind.handle_failed is not Consumer.handle_failed else None,
         )
-
-    def _sizes(self) -> dict[str, Batching]:
-        """The sizes to run with: the default batcher's follow the command line."""
-        sizes = {name: one.batching for name, one in self.batchers.items()}
-        if DEFAULT_BATCHER in sizes and DEFAULT_BATCHER not in self.value("batchers"):
-            sizes[DEFAULT_BATCHER] = self.default_batching()
-        return sizes
 
 
 async def _payload(message: Message[Any]) -> Any:

@@ -20,6 +20,8 @@ Directive                  raised by handlers to say how their message ends
 ├── Reject                 dead letter now, no retry
 ├── RetryLater             try again after a delay
 └── Release                hand back untouched, nothing counted
+
+MessageFailed              what `message.fail("text")` stands for
 """
 
 from __future__ import annotations
@@ -119,11 +121,16 @@ class RetryLater(Directive):
 
     def __init__(self, delay: float | None = None, reason: str = "retry later", *, counted: bool = True) -> None:
         super().__init__(reason)
-        if delay is not None and delay < 0:
-            raise OptionError(f"RetryLater: delay must be 0 or more seconds, got {delay!r}")
+        if delay is not None and not (
+            isinstance(delay, (int, float)) and not isinstance(delay, bool) and 0 <= delay < float("inf")
+        ):
+            raise OptionError(f"RetryLater: delay must be 0 or more seconds, or None; got {delay!r}")
         self.delay = delay
         self.reason = reason
         self.counted = counted
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.delay, self.reason), self.__dict__  # `args`, which pickle would take, is the text alone
 
 
 class Release(Directive):
@@ -132,3 +139,7 @@ class Release(Directive):
     def __init__(self, reason: str = "released") -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class MessageFailed(Exception):
+    """What `message.fail("text")` stands for: a failure that the user's code tells without an exception of its own."""

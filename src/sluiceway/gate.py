@@ -14,7 +14,11 @@ class Gate(Protocol):
     """
 
     def allow(self, now: float, wanted: int) -> int:
-        """How many of `wanted` messages may be asked for now; 0 closes the gate."""
+        """How many of `wanted` messages may be asked for now; 0 closes the gate. Asking takes nothing."""
+        ...
+
+    def took(self, now: float, count: int) -> None:
+        """`count` messages were received."""
         ...
 
     def opens_at(self, now: float) -> float | None:
@@ -48,6 +52,9 @@ class Pause:
 
     def allow(self, now: float, wanted: int) -> int:
         return 0 if self.closed else wanted
+
+    def took(self, now: float, count: int) -> None:
+        pass
 
     def opens_at(self, now: float) -> float | None:
         return None

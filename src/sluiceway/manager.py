@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from ._decisions.backoff import RestartRule
 from ._runtime.flow import Drained
 from ._runtime.supervisor import PipelineStats, Supervisor
 from .errors import AppError, PipelineFailed
+from .gate import Pause
 from .options import unknown
 from .pipeline import make_spec, make_subscription
 from .source import Backlog, Source
@@ -38,6 +40,8 @@ class ConsumerManager:
         self._context: Any = None
         self._running: dict[str, _Running] = {}
         self._ended: dict[str, PipelineStats] = {}
+        self._pauses: defaultdict[str, Pause] = defaultdict(Pause)
+        self._drained: dict[str, Drained] = {}
         self._failure: BaseException | None = None
         self._failed = asyncio.Event()
         self._active = False
@@ -53,7 +57,9 @@ class ConsumerManager:
         definition = self._app.consumers[name]
         group = definition.value("group") or self._app.group
         transport = self._app.transport
-        spec = make_spec(definition, definition.bind(self._context), group=group, features=transport.features)
+        bound = definition.bind(self._context)
+        gates = (self._pauses[name],)
+        spec = make_spec(definition, bound, group=group, features=transport.features, gates=gates)
         subscription = make_subscription(definition, spec)
         for finding in await transport.ensure([subscription], create=True):
             if finding.level == "error":
@@ -90,9 +96,23 @@ class ConsumerManager:
         await self.stop(name)
         await self.start(name)
 
+    def pause(self, name: str) -> None:
+        """Stop a consumer's demand; what is in hand is handled. It lasts over restarts, until `resume`. Idempotent."""
+        self._check_known(name)
+        self._pauses[name].close()
+
+    def resume(self, name: str) -> None:
+        """Let a paused consumer's demand flow again. Idempotent."""
+        self._check_known(name)
+        self._pauses[name].open()
+
     def stats(self) -> list[PipelineStats]:
         """Every consumer of the app at this moment, in the order of declaration."""
         return [self._stats(name) for name in self._app.consumers]
+
+    def drained(self) -> dict[str, Drained]:
+        """How the drain of each consumer went that has stopped."""
+        return dict(self._drained)
 
     async def backlog(self, name: str) -> Backlog | None:
         """What waits at the broker for a consumer that runs; None when it cannot be said."""
@@ -110,7 +130,8 @@ class ConsumerManager:
             if self._failure is not None:
                 raise self._failure
             backlogs = [await self.backlog(name) for name in list(self._running)]
-            busy = any(one.held for one in self.stats()) or any(one is not None and one.messages for one in backlogs)
+            waiting = any(one is not None and one.messages for one in backlogs)
+            busy = waiting or any(one.held or one.state == "starting" for one in self.stats())
             quiet = 0.0 if busy else quiet + seconds / 4
             await asyncio.sleep(seconds / 4)
 
@@ -143,6 +164,7 @@ class ConsumerManager:
         self._active, self._context, self._hurry = True, context, False
         self._failure, self._failed = None, asyncio.Event()
         self._ended.clear()
+        self._drained.clear()
         try:
             for name in names or list(self._app.consumers):
                 await self.start(name)
@@ -169,6 +191,8 @@ class ConsumerManager:
     def _on_ended(self, name: str, task: asyncio.Task[None]) -> None:
         running = self._running.pop(name)
         self._ended[name] = running.supervisor.stats()
+        if running.supervisor.drained is not None:
+            self._drained[name] = running.supervisor.drained
         if task.cancelled():
             return
         error = task.exception()

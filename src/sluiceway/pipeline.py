@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Unpack
 
 from ._decisions.backoff import RestartRule
 from ._decisions.policy import FailureRules
 from ._runtime.spec import BatcherSpec, PipelineSpec
 from ._runtime.supervisor import PipelineStats, Supervisor
+from ._runtime.thread_calls import ThreadCalls
 from .codec import encode, make_decoder
 from .consumer import Bound, ConsumerDef, FunctionConsumer, is_async
 from .errors import OptionError, Unsupported
-from .message import Batch, Handler, Message
+from .gate import Gate
+from .message import Batch, Message
 from .middleware import compose
 from .options import Batching, ConsumerOptions
 from .source import Source, Subscription
@@ -44,23 +44,24 @@ def window_bounds(definition: ConsumerDef, batchings: Mapping[str, Batching]) ->
     return pinned, pinned
 
 
-def make_spec(definition: ConsumerDef, bound: Bound, *, group: str, features: Features | None = None) -> PipelineSpec:
+def make_spec(
+    definition: ConsumerDef, bound: Bound, *, group: str, features: Features | None = None, gates: Sequence[Gate] = ()
+) -> PipelineSpec:
     """Everything the runtime needs to know of a consumer. Raises OptionError or Unsupported, before any message."""
     value = definition.value
     batchings = {name: batching for name, (_, batching) in bound.batchers.items()}
     floor, ceiling = window_bounds(definition, batchings)
     if features is not None:
-        _check_features(definition, features)
+        check_features(definition, features)
     middleware = value("middleware")
-    is_async = bound.is_async or bool(middleware)
     handle: Any = bound.handle
     if middleware:
-        handle = compose(middleware, handle if bound.is_async else on_thread(handle))
+        handle = compose(middleware, handle if bound.is_async else ThreadCalls(handle, value("concurrency")))
     return PipelineSpec(
         name=definition.name,
         topics=definition.topics,
         group=group,
-        mode="async" if is_async else "thread",
+        mode="async" if bound.is_async or middleware else "thread",
         handle=handle,
         decode=make_decoder(bound.payload_type),
         encode=encode,
@@ -74,7 +75,7 @@ def make_spec(definition: ConsumerDef, bound: Bound, *, group: str, features: Fe
         batchers={
             name: BatcherSpec(
                 name=name,
-                handle=_batch_handler(function),
+                handle=function if is_async(function) else ThreadCalls(function, batching.concurrency),
                 size=batching.size,
                 timeout=batching.timeout,
                 key=batching.key,
@@ -90,7 +91,7 @@ def make_spec(definition: ConsumerDef, bound: Bound, *, group: str, features: Fe
         max_bytes=value("max_buffer_bytes"),
         max_payload=value("max_payload"),
         ordered=value("order_by") is not None,
-        gates=tuple(value("gates")),
+        gates=(*gates, *value("gates")),
         on_error=bound.on_error,
         on_failed=bound.on_failed,
     )
@@ -169,20 +170,7 @@ class Pipeline:
         return self._supervisor.stats() if self._supervisor is not None else None
 
 
-def on_thread(function: Callable[[Any], Any]) -> Handler:
-    """A plain function as a coroutine function that runs it on a thread."""
-
-    async def call(subject: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(None, partial(function, subject))
-
-    return call
-
-
-def _batch_handler(function: Callable[[Batch[Any]], Any]) -> Callable[[Batch[Any]], Awaitable[Any]]:
-    return function if is_async(function) else on_thread(function)  # type: ignore[return-value]
-
-
-def _check_features(definition: ConsumerDef, features: Features) -> None:
+def check_features(definition: ConsumerDef, features: Features) -> None:
     name, value = definition.name, definition.value
     if value("order_by") is not None and features.order == "none":
         raise Unsupported(f"{name}: order_by needs a broker that keeps order, and this one does not")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from msgspec import Struct
 
 from .errors import OptionError
 
 
-class Retry(Struct, frozen=True, kw_only=True):
+class Retry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Exponential backoff with jitter, held by the broker.
 
     - `attempts`: how many in all, the first included; 1 means no retry.
@@ -17,7 +18,7 @@ class Retry(Struct, frozen=True, kw_only=True):
     - `max_delay`: seconds, the most one delay grows to.
     - `jitter`: the share of each delay that is drawn at random, 0 to 1: 0.5 gives 50 % to 100 % of it, so that
       messages that failed together do not come back together.
-    - `never`: exception types that go to dead letters at once; the rest is tried again.
+    - `never`: a tuple of exception types that go to dead letters at once; the rest is tried again.
 
     Raises OptionError for a value that is not allowed.
     """
@@ -30,16 +31,26 @@ class Retry(Struct, frozen=True, kw_only=True):
     never: tuple[type[BaseException], ...] = ()
 
     def __post_init__(self) -> None:
-        _check("attempts", self.attempts, self.attempts >= 1, "1 or more")
-        _check("base_delay", self.base_delay, self.base_delay >= 0, "0 or more seconds")
-        _check("multiplier", self.multiplier, self.multiplier >= 1, "1 or more")
-        _check("max_delay", self.max_delay, self.max_delay >= 0, "0 or more seconds")
-        _check("jitter", self.jitter, 0 <= self.jitter <= 1, "between 0 and 1")
+        _check("attempts", self.attempts, _number(self.attempts, int, 1), "a whole number, 1 or more")
+        _check("base_delay", self.base_delay, _number(self.base_delay, float, 0), "0 or more seconds")
+        _check("multiplier", self.multiplier, _number(self.multiplier, float, 1), "1 or more")
+        _check("max_delay", self.max_delay, _number(self.max_delay, float, 0), "0 or more seconds")
+        _check("jitter", self.jitter, _number(self.jitter, float, 0) and self.jitter <= 1, "between 0 and 1")
+        _check("never", self.never, _exception_types(self.never), "a tuple of exception types")
 
 
-def _check(name: str, value: float, allowed: bool, what: str) -> None:
-    if not allowed or not math.isfinite(value):
+def _check(name: str, value: Any, allowed: bool, what: str) -> None:
+    if not allowed:
         raise OptionError(f"Retry: {name} must be {what}, got {value!r}")
+
+
+def _number(value: Any, kind: type[int] | type[float], least: int) -> bool:
+    good = isinstance(value, (int, kind)) and not isinstance(value, bool) and value >= least
+    return good and (isinstance(value, int) or math.isfinite(value))
+
+
+def _exception_types(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(one, type) and issubclass(one, BaseException) for one in value)
 
 
 NO_RETRY = Retry(attempts=1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
-from ..message import BatchInfo, Message
+from ..message import BATCHED, BatchInfo, Message
 
 Trigger = Literal["size", "timeout", "flush", "drain", "revoke", "starved"]
+Change = Literal["opened", "full", "flush"]
 Emitted = tuple[list[Message[Any]], BatchInfo]
 
 
@@ -17,23 +18,41 @@ class Forming:
     A batch's time starts when its first message arrives; it is due `timeout` seconds later.
     """
 
-    def __init__(self, name: str, size: int, timeout: float) -> None:
+    def __init__(
+        self, name: str, size: int, timeout: float, key: Callable[[Any], Hashable] | None = None
+    ) -> None:
         self.name = name
+        self.key = key
         self.size = size
         self.timeout = timeout
-        self.count = 0  # messages in all forming batches
         self._batches: dict[Hashable, list[Message[Any]]] = {}
         self._due: dict[Hashable, float] = {}  # in the order of the first messages, which is the order of the times
 
-    def add(self, message: Message[Any], key: Hashable) -> Literal["opened", "full"] | None:
-        """Put a message into its key's batch. `opened`: call `opened(key, now)`; `full`: call `take(key, ...)`."""
+    def add(self, message: Message[Any], value: Any) -> Change | None:
+        """Put a message whose handler returned `value` into its key's batch. Raises what the key function raises.
+
+        `opened`: the batch is new, call `opened(key, now)`. `full` or `flush`: call `take(key, ...)`.
+        """
+        key = message.batch_key
+        if key is None and self.key is not None:
+            key = message.batch_key = self.key(value)
         batch = self._batches.get(key)
-        self.count += 1
+        message.value = value
+        message.state = BATCHED
         if batch is None:
             self._batches[key] = [message]
-            return "full" if self.size == 1 or message.flush else "opened"
-        batch.append(message)
-        return "full" if len(batch) >= self.size or message.flush else None
+            if self.size > 1 and not message.flush:
+                return "opened"
+        else:
+            batch.append(message)
+            if len(batch) < self.size and not message.flush:
+                return None
+        return "flush" if message.flush else "full"
+
+    @property
+    def count(self) -> int:
+        """Messages in all forming batches."""
+        return sum(map(len, self._batches.values()))
 
     def opened(self, key: Hashable, now: float) -> float:
         """Start the time of a batch; returns when it is due."""
@@ -44,7 +63,6 @@ class Forming:
         """The batch of `key`, which is no longer forming."""
         batch = self._batches.pop(key)
         self._due.pop(key, None)
-        self.count -= len(batch)
         return batch, BatchInfo(self.name, key, len(batch), trigger)
 
     def take_due(self, now: float) -> list[Emitted]:

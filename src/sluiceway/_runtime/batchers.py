@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
-from .._decisions.batching import Emitted, Forming, Trigger
+from .._decisions.batching import Change, Emitted, Forming, Trigger
 from ..errors import HandlerTimeout, Release, RoutingError
-from ..message import BATCHED, SETTLING, Batch, Message
+from ..message import DEFAULT_BATCHER, Batch, Message
 from ..telemetry import BatchFinished, Telemetry
 from .failures import Failures
 from .settler import PipelineSettler
@@ -32,7 +32,7 @@ class Batcher:
         self.settler = settler
         self.failures = failures
         self.telemetry = hub
-        self.forming = Forming(batcher.name, batcher.size, batcher.timeout)
+        self.forming = Forming(batcher.name, batcher.size, batcher.timeout, batcher.key)
         self.queue: deque[Emitted] = deque()
         self.on_idle: Callable[[], None] = _nothing
         self._tasks: set[asyncio.Task[None]] = set()
@@ -44,15 +44,12 @@ class Batcher:
         """Whether a batch runs or waits to run."""
         return bool(self._tasks)
 
-    def add(self, message: Message[Any]) -> None:
-        """Take a handled message."""
-        message.state = BATCHED
-        key = message.batch_key
-        change = self.forming.add(message, key)
-        if change == "full":
-            self._emit(self.forming.take(key, "flush" if message.flush else "size"))
-        elif change == "opened":
+    def changed(self, key: Hashable, change: Change) -> None:
+        """A message opened a batch, or made it full."""
+        if change == "opened":
             self._set_timer(self.forming.opened(key, self._loop.time()))
+        else:
+            self._emit(self.forming.take(key, "size" if change == "full" else "flush"))
 
     def emit_all(self, trigger: Trigger) -> None:
         """Emit what is forming."""
@@ -114,14 +111,7 @@ class Batcher:
             batch: Batch[Any] = Batch(messages, info)
             started = time.monotonic()
             error = await self._handle(batch)
-            failed = []
-            for message in messages:
-                if message.error is None:
-                    message.error = error
-                if message.error is not None:
-                    failed.append(message)
-                elif message.state < SETTLING:
-                    self.settler.ack(message)
+            failed = self.settler.ack_batch(messages, error)
             if self.telemetry.wants(BatchFinished):
                 seconds = time.monotonic() - started
                 self.telemetry.emit(
@@ -163,20 +153,29 @@ class Batchers:
 
     def __init__(self, spec: PipelineSpec, settler: PipelineSettler, failures: Failures, hub: Telemetry) -> None:
         self.by_name = {name: Batcher(spec, batcher, settler, failures, hub) for name, batcher in spec.batchers.items()}
-        self._keys = {name: batcher.key for name, batcher in spec.batchers.items() if batcher.key is not None}
         self.name = spec.name
 
-    def add(self, message: Message[Any], value: Any) -> None:
-        """Take a message whose handler returned `value`. Raises what the user's `key` function raises."""
-        message.value = value
+    def add(self, message: Message[Any], value: Any) -> Change | None:
+        """Take a message whose handler returned `value`; a change is to be handed to `changed`.
+
+        Raises RoutingError, and what the user's `key` function raises.
+        """
         batcher = self.by_name.get(message.batcher)
         if batcher is None:
             known = ", ".join(map(repr, self.by_name))
             raise RoutingError(f"{self.name}: there is no batcher {message.batcher!r}; its batchers: {known}")
-        key = self._keys.get(message.batcher)
-        if key is not None and message.batch_key is None:
-            message.batch_key = key(value)
-        batcher.add(message)
+        return batcher.forming.add(message, value)
+
+    def adder(self) -> Callable[[Message[Any], Any], Change | None] | None:
+        """`add` for a processor's loop, the shortest way there is; None without batchers."""
+        if not self.by_name:
+            return None
+        if list(self.by_name) == [DEFAULT_BATCHER]:
+            return self.by_name[DEFAULT_BATCHER].forming.add  # `to()` has checked the name on the user's own line
+        return self.add
+
+    def changed(self, message: Message[Any], change: Change) -> None:
+        self.by_name[message.batcher].changed(message.batch_key, change)
 
     @property
     def busy(self) -> bool:

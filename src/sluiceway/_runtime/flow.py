@@ -63,6 +63,7 @@ class Flow:
         )
         self._quarantine.take_unstarted = self._take_unstarted
         self.intake.quarantine = self._quarantine
+        self.intake.release_unstarted = lambda: self._release(self._take_unstarted())
         self._changed = asyncio.Event()
         self.settler.on_freed = self.processors.on_idle = self._poked
         self.batchers.on_idle(self._poked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -68,7 +68,9 @@ class Intake:
         self.received = 0
         self.stopping = False
         self.asking = 0  # the demand of the receive that waits, 0 when none does
+        self.release_unstarted: Callable[[], object] = _none
         self._paused = False
+        self._long_closed: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         for gate in spec.gates:
@@ -140,6 +142,8 @@ class Intake:
         largest = max(map(len, map(_body, messages)))
         self.window.saw_body(largest)
         self.window.observe(self._loop.time(), self.settler.finished, starved=not self.processors.unstarted)
+        for gate in self.spec.gates:
+            gate.took(self._loop.time(), len(messages))
         if self.telemetry.wants(Received):
             self.telemetry.emit(Received(consumer=self.spec.name, demand=demand, count=len(messages)))
         if self.spec.max_payload is not None and largest > self.spec.max_payload:
@@ -160,25 +164,37 @@ class Intake:
             await self.failures.failed((message,))
         return kept
 
+    @property
+    def closed(self) -> bool:
+        """Whether a gate is closed."""
+        now = self._loop.time()
+        return not all(gate.allow(now, 1) for gate in self.spec.gates)
+
     def _gate_timer(self) -> asyncio.TimerHandle | None:
         now = self._loop.time()
         times = [at for gate in self.spec.gates if (at := gate.opens_at(now)) is not None]
         return self._loop.call_at(min(times), self.poke) if times else None
 
     def _gate_changed(self) -> None:
-        """A closed gate also takes back the demand of a receive that waits."""
-        now = self._loop.time()
-        if any(gate.allow(now, 1) == 0 for gate in self.spec.gates):
+        """A closed gate also takes back the demand of a receive that waits.
+
+        What has not started half a lease later goes back to the broker: another process may have an open gate.
+        """
+        if not self.closed:
+            self._resume()
+        elif not self._paused:
             self._paused = True
             self.source.resize(0)
-        else:
-            self._resume()
+            if self.source.lease is not None:
+                self._long_closed = self._loop.call_later(self.source.lease / 2, self.release_unstarted)
         self.poke()
 
     def _resume(self) -> None:
         if self._paused:
             self._paused = False
             self.source.resize(self.window.ceiling)
+            if self._long_closed is not None:
+                self._long_closed.cancel()
 
 
 def _none() -> int:

@@ -148,11 +148,12 @@ class AsyncProcessors:
 
     async def _work(self, slot: Slot) -> None:
         ready, settler, handle, decode = self._ready, self.settler, self._handle, self.spec.decode
-        batchers = self.batchers if self.spec.batchers else None
+        add_to_batch, batch_changed = self.batchers.adder(), self.batchers.changed
         finished = self.on_finished
         run = RUN  # so that the first turn looks round
         while True:
             if run >= RUN or not ready:
+                slot.message = None
                 if slot not in self._slots:
                     return  # it was abandoned and another has its place
                 if not ready:
@@ -177,8 +178,10 @@ class AsyncProcessors:
                 if message.error is not None:
                     await self._failed(slot, message, message.error)
                 elif message.state == RUNNING:
-                    if batchers is not None:
-                        batchers.add(message, value)
+                    if add_to_batch is not None:
+                        change = add_to_batch(message, value)
+                        if change is not None:
+                            batch_changed(message, change)
                     elif message.outputs is not None:
                         settler.ack(message)
                     else:
@@ -190,7 +193,6 @@ class AsyncProcessors:
                         finished(message)
             except BaseException as error:
                 await self._failed(slot, message, error)
-            slot.message = None
 
     async def _failed(self, slot: Slot, message: Message[Any], error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError):

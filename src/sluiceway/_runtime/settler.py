@@ -58,6 +58,28 @@ class PipelineSettler:
         if not self.scheduled:
             self.schedule()
 
+    def ack_batch(self, messages: Sequence[Message[Any]], error: BaseException | None) -> list[Message[Any]]:
+        """End the messages of a batch that did not fail as successes; returns the others, with their `error` set.
+
+        `error` is what the batch handler raised; it fails all that did not fail by themselves.
+        """
+        failed = []
+        acks = self.acks
+        for message in messages:
+            if error is None and message.error is None:
+                if message.state < SETTLING:
+                    if message.outputs:
+                        self.ack(message)
+                    else:
+                        message.state = SETTLING
+                        acks.append(message)
+            else:
+                message.error = message.error or error
+                failed.append(message)
+        if acks and not self.scheduled:
+            self.schedule()
+        return failed
+
     def schedule(self) -> None:
         """Send what has gathered at the end of this turn of the loop."""
         self.scheduled = True

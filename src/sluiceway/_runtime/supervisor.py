@@ -133,6 +133,8 @@ class Supervisor:
             return self._state, self._reason
         if flow.settler.trouble:
             return "blocked", flow.settler.trouble
+        if flow.intake.closed:
+            return "paused", None
         status = flow.source.status()
         return status.state, status.error
 

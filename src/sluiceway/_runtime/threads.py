@@ -17,6 +17,7 @@ from .failures import Failures
 from .processors import SWEEPS
 from .settler import PipelineSettler
 from .spec import PipelineSpec
+from .thread_calls import returned_awaitable
 
 
 class _Slot:
@@ -131,7 +132,7 @@ class ThreadProcessors:
                     message.payload = message.body if decode is None else decode(message.body)
                     value = handle(message)
                     if inspect.isawaitable(value):
-                        raise _not_awaitable(handle, value)
+                        raise returned_awaitable(handle, value)
                     outcome: tuple[Message[Any], Any, BaseException | None] = (message, value, None)
                 except BaseException as error:
                     outcome = (message, None, error)
@@ -175,7 +176,9 @@ class ThreadProcessors:
             self.settler.ack(message)
         else:
             try:
-                self.batchers.add(message, value)
+                change = self.batchers.add(message, value)
+                if change is not None:
+                    self.batchers.changed(message, change)
             except Exception as error:
                 return error
         if self.on_finished is not None:
@@ -212,15 +215,6 @@ class ThreadProcessors:
         self._start()
         if self.abandoned >= self.spec.concurrency:
             self.on_exhausted()
-
-
-def _not_awaitable(handle: Any, value: Any) -> TypeError:
-    if inspect.iscoroutine(value):
-        value.close()  # or it would warn that it was never awaited
-    code = getattr(handle, "__code__", None)
-    where = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
-    name = getattr(handle, "__qualname__", repr(handle))
-    return TypeError(f"{name}{where} is a plain `def` and returned an awaitable; declare it `async def`")
 
 
 def _nothing() -> None:

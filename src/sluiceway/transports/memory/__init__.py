@@ -89,10 +89,12 @@ class MemoryTransport:
 
     async def publish(self, messages: Sequence[Outgoing]) -> None:
         """Publish all or nothing, in order. Raises PayloadTooLarge, and OptionError for a topic that cannot be."""
-        if asyncio.get_running_loop() is not self._loop and (owner := self._other_loop()):
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.publish(messages), owner))
-            return
-        loop = self._bind()
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            if owner := self._other_loop():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.publish(messages), owner))
+                return
+            self._bind()
         self._broker.publish(messages, loop.time())
         self._arm(loop)
 
@@ -147,7 +149,7 @@ class MemoryTransport:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def _bind(self) -> asyncio.AbstractEventLoop:
-        """The running loop. When it is another than before, what the old one's sources held comes back."""
+        """The running loop. When it is another than before, what sources of closed loops held comes back."""
         loop = asyncio.get_running_loop()
         if loop is self._loop:
             return loop
@@ -155,8 +157,7 @@ class MemoryTransport:
             raise TransportError("MemoryTransport: it serves another running event loop; use one per loop")
         if self._loop is not None:
             self._broker.shift_clock(loop.time() - self._loop.time())
-            for hold in self._broker.holds_of(self._loop):
-                self._broker.close(hold, died=True)
+            self._broker.close_dead()
         self._loop, self._timer = loop, None
         self._arm(loop)
         return loop
@@ -210,9 +211,10 @@ class MemorySource:
     async def settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
         refused = self._broker.ack(self.hold, acks) if acks else []
         if others:
-            now = self.hold.loop.time()
+            loop = self._transport._bind()
+            now = loop.time()
             refused += [no for one in others if (no := self._broker.end(self.hold, one, now)) is not None]
-            self._transport._arm(self.hold.loop)
+            self._transport._arm(loop)
         return refused
 
     async def suspect(self, message: Message[Any]) -> bool:
@@ -243,10 +245,17 @@ class MemorySource:
     async def backlog(self) -> Backlog:
         return self._broker.backlog(self.hold, time.time())
 
-    async def aclose(self) -> None:
+    async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:
+        """Give back what is unsettled, uncounted; but `keep`, which may be settled still and comes back after the lease."""
         self.stop()
-        self._finalizer.detach()
-        self._broker.close(self.hold, died=False)
+        if self._finalizer.detach() is None:
+            return
+        tokens = {message.token for message in keep}
+        self._broker.give_back(self.hold, died=False, keep=tokens)
+        if self.hold.held:
+            self.hold.loop.call_later(self.lease or 0, _end_lease, self._broker, self.hold)
+        else:
+            self._broker.close(self.hold, died=False)
 
     async def _wait(self) -> None:
         """Wait until woken: by a message, a stop or a change of the window."""
@@ -269,10 +278,11 @@ class MemorySource:
 def _dropped(broker: Broker, hold: Hold, lease: float) -> None:
     """A source is gone without a word, perhaps on another thread: its lease runs from now."""
 
-    def start() -> None:
-        hold.loop.call_later(lease, lambda: broker.close(hold, died=True))
-
     try:
-        hold.loop.call_soon_threadsafe(start)
+        hold.loop.call_soon_threadsafe(hold.loop.call_later, lease, _end_lease, broker, hold)
     except RuntimeError:  # the loop is closed: the next loop takes back what its sources held
         pass
+
+
+def _end_lease(broker: Broker, hold: Hold) -> None:
+    broker.close(hold, died=True)

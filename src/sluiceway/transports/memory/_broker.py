@@ -97,7 +97,7 @@ class Broker:
         largest = max([len(message.body) for message in messages], default=0)
         if largest > self._largest:
             self._raise_largest(largest, messages)
-        return {topic: self._route(topic) for topic in set(map(_topic_of, messages))}
+        return {topic: self._routes.get(topic) or self._route(topic) for topic in set(map(_topic_of, messages))}
 
     def _raise_largest(self, largest: int, messages: Sequence[Outgoing]) -> None:
         if largest > self.max_payload:
@@ -110,14 +110,12 @@ class Broker:
         self._largest = largest
 
     def _route(self, topic: str) -> Route:
-        route = self._routes.get(topic)
-        if route is None:
-            check_topic(topic, pattern=False)
-            queues = tuple(queue for group in self.groups.values() if (queue := group.route(topic)) is not None)
-            puts = tuple(queue.put for queue in queues) or (self._unclaimed.setdefault((None, topic), []).append,)
-            if len(self._routes) > MAX_ROUTES:
-                self._routes.clear()
-            route = self._routes[topic] = (puts, queues)
+        check_topic(topic, pattern=False)
+        queues = tuple(queue for group in self.groups.values() if (queue := group.route(topic)) is not None)
+        puts = tuple(queue.put for queue in queues) or (self._unclaimed.setdefault((None, topic), []).append,)
+        if len(self._routes) > MAX_ROUTES:
+            self._routes.clear()
+        route = self._routes[topic] = (puts, queues)
         return route
 
     def _publish_later(self, entry: Entry, message: Outgoing, now: float) -> None:
@@ -283,10 +281,9 @@ class Broker:
         message.suspect = False
         return True
 
-    def give_back(self, hold: Hold, *, died: bool) -> None:
-        """Take all deliveries from a source. Those of one that died keep their count: next time they are suspects."""
-        entries = [again(entry, deliveries=int(died)) for entry in hold.held.values()]
-        hold.held.clear()
+    def give_back(self, hold: Hold, *, died: bool, keep: Collection[object] = ()) -> None:
+        """Take deliveries from a source, but for the tokens to `keep`. If it died they count: next time they are suspects."""
+        entries = [again(hold.held.pop(token), deliveries=int(died)) for token in hold.held.keys() - set(keep)]
         self._give_back(self.groups[hold.group], hold, entries)
 
     def close(self, hold: Hold, *, died: bool) -> None:
@@ -300,8 +297,10 @@ class Broker:
                     queue.forget(hold)
             hold.wake()
 
-    def holds_of(self, loop: asyncio.AbstractEventLoop) -> list[Hold]:
-        return [hold for group in self.groups.values() for hold in group.holds if hold.loop is loop]
+    def close_dead(self) -> None:
+        """Close the sources whose loop is closed: they cannot do it any more."""
+        for hold in [hold for group in self.groups.values() for hold in group.holds if hold.loop.is_closed()]:
+            self.close(hold, died=True)
 
     def held(self, name: str) -> int:
         """How many deliveries of a group are unsettled."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from heapq import heapify, heappop, heappush
 
-from ._queue import KEY, Entry, Hold, Queue, place_of, take_each
+from ._queue import BODY, KEY, Entry, Hold, Queue, place_of
 
 Heap = list[tuple[int, str]]
 
@@ -24,7 +24,9 @@ class Lane:
     @property
     def owner(self) -> Hold | None:
         """The source that holds messages of this key: while it does, no other gets any."""
-        return next(iter(self.held.values()), None)
+        for hold in self.held.values():
+            return hold
+        return None
 
     @property
     def empty(self) -> bool:
@@ -77,7 +79,8 @@ class KeyedQueue(Queue):
         lane, place = self._lane(entry[KEY]), place_of(entry)
         lane.delayed.discard(place)
         heappush(lane.waiting, (place, entry))
-        self._offer(entry[KEY], lane)
+        if lane.waiting[0][0] == place or lane.parked:  # else an earlier one is on offer already
+            self._offer(entry[KEY], lane)
 
     def hold(self, entry: Entry, hold: Hold) -> None:
         """Note that a source holds the message already."""
@@ -89,7 +92,8 @@ class KeyedQueue(Queue):
         if entry[KEY] is not None:
             lane = self._lane(entry[KEY])
             lane.held.pop(place_of(entry), None)
-            self._offer(entry[KEY], lane)
+            if lane.parked or not lane.held:  # else it stays on offer to its owner
+                self._offer(entry[KEY], lane)
 
     def delay(self, entry: Entry) -> None:
         """Note that the message awaits its retry: later ones of its key wait behind it."""
@@ -116,22 +120,31 @@ class KeyedQueue(Queue):
             hold.wake()
 
     def take(self, hold: Hold, count: int, max_bytes: int | None) -> list[Entry]:
-        return take_each((self,), hold, count, 1 << 62 if max_bytes is None else max_bytes)
+        run: list[Entry] = []
+        size, most = 0, 1 << 62 if max_bytes is None else max_bytes
+        while len(run) < count and size < most and (entry := self.pop(hold)) is not None:
+            run.append(entry)
+            size += len(entry[BODY])
+        return run
 
     def head(self, hold: Hold) -> int | None:
         places = (super().head(hold), self._top(self._open, hold), self._top(self._own.get(hold, []), hold))
         return min((place for place in places if place is not None), default=None)
 
-    def pop(self, hold: Hold) -> Entry:
-        place = self.head(hold)
-        if place == super().head(hold):
+    def pop(self, hold: Hold) -> Entry | None:
+        own = self._own.get(hold, [])
+        self._top(self._open, hold)
+        self._top(own, hold)
+        heap = own if own and (not self._open or own[0] < self._open[0]) else self._open
+        keyless = super().head(hold)
+        if not heap or (keyless is not None and keyless < heap[0][0]):
             return super().pop(hold)
-        heap = self._open if self._open and self._open[0][0] == place else self._own[hold]
-        _, key = heappop(heap)
+        place, key = heappop(heap)
         lane = self._lanes[key]
-        _, entry = heappop(lane.waiting)
-        lane.held[place_of(entry)] = hold
-        self._offer(key, lane)
+        entry = heappop(lane.waiting)[1]
+        lane.held[place] = hold
+        if lane.waiting:
+            self._offer(key, lane)
         return entry
 
     def waiting(self) -> Iterator[Entry]:

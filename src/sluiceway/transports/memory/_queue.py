@@ -82,7 +82,7 @@ class Hold:
 
     def wake(self) -> bool:
         """Wake the source's waiting receive; False when none waits."""
-        if self.waiter is None or self.waiter.done():
+        if self.waiter is None or self.waiter.done() or self.loop.is_closed():
             return False
         self.waiter.set_result(None)
         return True
@@ -119,8 +119,8 @@ class Queue:
         if max_bytes is not None:
             return take_each((self,), hold, count, max_bytes)
         run: list[Entry] = []
-        while self.back and len(run) < count:
-            run.append(self.pop(hold))
+        while self.back and len(run) < count and (entry := self.pop(hold)) is not None:
+            run.append(entry)
         ready = self.ready
         if run:
             count -= len(run)
@@ -139,11 +139,11 @@ class Queue:
             return self.back[0][0]
         return first
 
-    def pop(self, hold: Hold) -> Entry:
-        """The oldest message. Only when `head` is not None."""
+    def pop(self, hold: Hold) -> Entry | None:
+        """The oldest message; None when there is nothing for this source."""
         if self.back and (not self.ready or self.back[0][0] < self.ready[0][TOKEN]):
             return heappop(self.back)[1]
-        return self.ready.popleft()
+        return self.ready.popleft() if self.ready else None
 
     def waiting(self) -> Iterator[Entry]:
         """All messages that wait, in no order."""
@@ -170,8 +170,8 @@ def take_each(queues: tuple[Queue, ...], hold: Hold, count: int, max_bytes: int)
     size = 0
     while len(run) < count and (not run or size < max_bytes):
         heads = [(place, index) for index, queue in enumerate(queues) if (place := queue.head(hold)) is not None]
-        if not heads:
+        if not heads or (entry := queues[min(heads)[1]].pop(hold)) is None:
             break
-        run.append(queues[min(heads)[1]].pop(hold))
-        size += len(run[-1][BODY])
+        run.append(entry)
+        size += len(entry[BODY])
     return run

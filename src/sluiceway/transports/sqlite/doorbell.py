@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class Doorbell:
@@ -21,9 +22,9 @@ class Doorbell:
     is a socket file in the folder for temporary files.
     """
 
-    def __init__(self, path: str, nonce: str) -> None:
-        short = f"sluiceway-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}-{nonce}"
-        self.name = f"@{short}" if sys.platform == "linux" else os.path.join(tempfile.gettempdir(), short)
+    def __init__(self, database: Path, nonce: str) -> None:
+        short = f"sluiceway-{hashlib.sha256(os.fsencode(database)).hexdigest()[:16]}-{nonce}"
+        self.name = f"@{short}" if sys.platform == "linux" else str(Path(tempfile.gettempdir(), short))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.bind(_address(self.name))
@@ -55,10 +56,7 @@ class Doorbell:
 def forget(name: str) -> None:
     """Remove what a bell left on disk. One that is gone, or never was a file, is no error."""
     if not name.startswith("@"):
-        try:
-            os.unlink(name)
-        except OSError:
-            return
+        Path(name).unlink(missing_ok=True)
 
 
 def _address(name: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import time
+from pathlib import Path
+from typing import Any
 
 import apsw
 
@@ -96,17 +98,17 @@ def open_database(path: str, *, busy_timeout: float) -> apsw.Connection:
 
 def check_place(path: str) -> None:
     """Raise ConnectError when `path` cannot be a database because of the folder, or because it is one."""
-    folder = os.path.dirname(path)
-    if os.path.isdir(path):
+    folder = Path(path).parent
+    if Path(path).is_dir():
         raise ConnectError(f"cannot open the SQLite database {path}: it is a folder; name a file in it")
-    if not os.path.isdir(folder):
+    if not folder.is_dir():
         raise ConnectError(f"cannot open the SQLite database {path}: there is no folder {folder}; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConnectError(
             f"cannot open the SQLite database {path}: the folder {folder} is not writable for this user, and SQLite "
             "keeps its log beside the database; change the folder's owner or mode, or use another folder"
         )
-    if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+    if Path(path).exists() and not os.access(path, os.R_OK | os.W_OK):
         raise ConnectError(
             f"cannot open the SQLite database {path}: this user may not read and write it; change its owner or mode"
         )
@@ -133,10 +135,8 @@ def wait_when_busy(db: apsw.Connection, seconds: float) -> None:
 
 
 def _check_ours(db: apsw.Connection, path: str) -> None:
-    application, version, tables = db.execute(
-        "SELECT (SELECT application_id FROM pragma_application_id), (SELECT user_version FROM pragma_user_version),"
-        " (SELECT count(*) FROM sqlite_schema)"
-    ).fetchone()
+    application, version = _number(db, "PRAGMA application_id"), _number(db, "PRAGMA user_version")
+    tables = _number(db, "SELECT count(*) FROM sqlite_schema")
     if application == APPLICATION_ID and version > SCHEMA_VERSION:
         raise ConnectError(
             f"the SQLite database {path} has schema version {version}, and this Sluiceway knows versions up to "
@@ -149,13 +149,18 @@ def _check_ours(db: apsw.Connection, path: str) -> None:
         )
 
 
+def _number(db: apsw.Connection, sql: str) -> int:
+    row: Any = db.execute(sql).fetchone()
+    return int(row[0])
+
+
 def _prepare(db: apsw.Connection) -> None:
     db.execute("PRAGMA journal_mode = WAL").fetchall()
     db.execute(f"PRAGMA mmap_size = 0; PRAGMA journal_size_limit = {_MAX_WAL}; PRAGMA synchronous = FULL").fetchall()
-    if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+    if _number(db, "PRAGMA user_version") == 0:
         db.execute("BEGIN IMMEDIATE")
         try:
-            if db.execute("PRAGMA user_version").fetchone()[0] == 0:  # else another process was faster
+            if _number(db, "PRAGMA user_version") == 0:  # else another process was faster
                 db.execute(_SCHEMA)
                 db.execute(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}")
             db.execute("COMMIT")
@@ -171,8 +176,8 @@ def explain(error: apsw.Error, path: str) -> str:
             return f"{path} is not a SQLite database (or it is encrypted); it was left as it is: use another file"
         case apsw.CorruptError():
             return (
-                f"the SQLite database {path} is damaged ({error}); stop all processes that use it, keep a copy with its "
-                f"-wal file, and save what can be read with: sqlite3 {path} .recover"
+                f"the SQLite database {path} is damaged ({error}); stop all processes that use it, keep a copy with "
+                f"its -wal file, and save what can be read with: sqlite3 {path} .recover"
             )
         case apsw.FullError():
             return f"the disk that holds the SQLite database {path} is full; make room, nothing stored was lost"

@@ -1,0 +1,129 @@
+"""From publish to settled, in an idle pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from time import perf_counter_ns
+
+from sluiceway import App, Message
+from sluiceway.transports.memory import MemoryTransport
+
+from .child import Job, started, unpin
+from .pairs import Case, Figure
+from .watch import Watch
+
+SAMPLES = 3_000
+SQLITE_SAMPLES = 250
+IDLE = 5.0  # seconds in which the idle process's CPU time is measured
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which `share` of them lie."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+async def memory(scale: float) -> dict[str, float]:
+    """One message at a time through a pipeline that waits for it."""
+    app = App(MemoryTransport())
+
+    @app.consumer("t", concurrency=10)
+    async def consume(message: Message[bytes]) -> None:
+        return
+
+    micros: list[float] = []
+    samples = max(20, int(SAMPLES * scale))
+    async with app.running() as manager:
+        watch = Watch(app)
+        for number in range(samples + samples // 10):
+            while manager.stats()[0].demand == 0:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.0005)  # all that was to be done for the one before is done
+            began = perf_counter_ns()
+            await app.publish("t", b"x")
+            await watch.until(number + 1)
+            micros.append((perf_counter_ns() - began) / 1000)
+    kept = micros[samples // 10 :]
+    return {"p50": quantile(kept, 0.5), "p99": quantile(kept, 0.99)}
+
+
+def sqlite(folder: str, scale: float) -> dict[str, float]:
+    """One process publishes, another consumes; before that, what the consumer needs while nothing happens."""
+    unpin()
+    path = Path(folder) / f"latency-{os.getpid()}.db"
+    samples = max(10, int(SQLITE_SAMPLES * scale))
+    order = json.dumps(["bench.latency:sqlite_consumer", {"path": str(path), "samples": samples, "idle": IDLE * scale},
+                        False, True, 55])  # fmt: skip
+    with started([order], session=False) as consumer:
+        assert consumer.stdout is not None
+        assert consumer.stdin is not None
+        cpu = float(consumer.stdout.readline() or "nan")
+        published = asyncio.run(_publish(str(path), samples))
+        out, err = consumer.communicate(timeout=30)
+        assert consumer.returncode == 0, err
+    settled: list[float] = json.loads(out.strip().splitlines()[-1])["settled"]
+    millis = [(end - begin) * 1000 for begin, end in zip(published, settled, strict=True)]
+    return {"p50": quantile(millis, 0.5), "p99": quantile(millis, 0.99), "cpu": cpu * 100}
+
+
+async def _publish(path: str, samples: int) -> list[float]:
+    begun = []
+    async with App(f"sqlite:///{path}") as app:
+        for _ in range(samples):
+            await asyncio.sleep(random.uniform(0.005, 0.035))
+            begun.append(time.monotonic())
+            await app.publish("t", b"x")
+    return begun
+
+
+async def sqlite_consumer(path: str, samples: int, idle: float) -> dict[str, list[float]]:
+    """The other process: says what share of a core it needed while idle, then when each settle returned."""
+    app = App(f"sqlite:///{path}")
+
+    @app.consumer("t", concurrency=10)
+    async def consume(message: Message[bytes]) -> None:
+        return
+
+    times: list[float] = []
+    async with app.running():
+        watch = Watch(app)
+        watch.on_settled = lambda count: times.extend([time.monotonic()] * count)
+        await asyncio.sleep(min(1.0, idle))  # what is done once at the start is not idling
+        before, began = time.process_time(), time.monotonic()
+        await asyncio.sleep(idle)
+        print((time.process_time() - before) / (time.monotonic() - began), flush=True)
+        await watch.until(samples)
+    return {"settled": times}
+
+
+def import_time(scale: float) -> dict[str, float]:
+    """`import sluiceway` in a new interpreter."""
+    code = "import time; t = time.perf_counter(); import sluiceway; print(time.perf_counter() - t)"
+    return {"ms": float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout) * 1000}
+
+
+CASES = [
+    Case(
+        (
+            Figure("memory, idle: publish to settled, p50", "µs", "p50", "bound", 30.0, 1.0),
+            Figure("memory, idle: publish to settled, p99", "µs", "p99", "bound", 120.0, 1.0),
+        ),
+        Job("bench.latency:memory"),
+    ),
+    Case(
+        (
+            Figure("SQLite, two processes, idle: publish to settled, p50", "ms", "p50", "bound", 5.0, 1.0),
+            Figure("SQLite, two processes, idle: publish to settled, p99", "ms", "p99", "bound", 25.0, 1.0),
+            Figure("SQLite, idle consumer, CPU", "% of a core", "cpu", "bound", 1.0, 1.0),
+        ),
+        Job("bench.latency:sqlite", pinned=False),
+        folder=True,
+    ),
+    Case((Figure("import sluiceway", "ms", "ms", "bound", 100.0),), Job("bench.latency:import_time", tuned=False)),
+]

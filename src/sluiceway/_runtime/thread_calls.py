@@ -1,0 +1,85 @@
+"""Plain functions that a coroutine awaits: sync batch handlers, and sync handlers inside middleware."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+Call = tuple[Any, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
+
+
+class ThreadCalls:
+    """`await calls(subject)` runs `function(subject)` on one of up to `threads` daemon threads.
+
+    Not an executor of the standard library: that one is joined when the interpreter ends, so a function that never
+    returns would keep the process for ever. When the caller is cancelled while its function runs, the thread is
+    abandoned and one more may start in its place.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], threads: int) -> None:
+        self._function = function
+        self._limit = threads
+        self._started = 0
+        self._busy = 0  # calls made and not ended, changed in the loop only
+        self._queue: SimpleQueue[Call] = SimpleQueue()
+
+    async def __call__(self, subject: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._busy += 1
+        if self._started < min(self._busy, self._limit):
+            self._started += 1
+            name = f"{getattr(self._function, '__name__', 'handler')}: thread {self._started}"
+            threading.Thread(target=self._work, name=name, daemon=True).start()
+        self._queue.put((subject, loop, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._limit += 1
+            raise
+        finally:
+            self._busy -= 1
+
+    def _work(self) -> None:
+        while True:
+            subject, loop, future = self._queue.get()
+            if future.cancelled():
+                continue
+            value: Any = None
+            failure: BaseException | None = None
+            try:
+                value = self._function(subject)
+                if inspect.isawaitable(value):
+                    raise returned_awaitable(self._function, value)
+            except BaseException as error:
+                failure = error
+            try:
+                loop.call_soon_threadsafe(_answer, future, value, failure)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits any more
+            del subject, loop, future, value, failure  # nothing of a message stays alive while the thread waits
+
+
+def returned_awaitable(function: Any, value: Any) -> TypeError:
+    """The error for a plain `def` that returned an awaitable; it names the line."""
+    if inspect.iscoroutine(value):
+        value.close()  # or it would warn that it was never awaited
+    code = getattr(function, "__code__", None)
+    where = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+    name = getattr(function, "__qualname__", repr(function))
+    return TypeError(f"{name}{where} is a plain `def` and returned an awaitable; declare it `async def`")
+
+
+def _answer(future: asyncio.Future[Any], value: Any, failure: BaseException | None) -> None:
+    if future.done():
+        return
+    if failure is None:
+        future.set_result(value)
+    elif isinstance(failure, StopIteration):
+        future.set_exception(RuntimeError(f"the function raised StopIteration: {failure!r}"))
+    else:
+        future.set_exception(failure)

@@ -1,0 +1,181 @@
+"""What an app runs, in words: for the first screen of `run` and for `inspect`. It connects to nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from .._decisions.topics import dead_letter_topic, is_pattern
+from ..app import App
+from ..consumer import ClassConsumer, ConsumerDef, FunctionConsumer, is_async
+from ..pipeline import check_features, window_bounds
+
+
+class BatcherView(Struct, frozen=True, kw_only=True):
+    """One batcher: a batch goes after `size` messages or `seconds`."""
+
+    name: str
+    size: int
+    seconds: float
+    keyed: bool
+    concurrency: int
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {self.size} messages or {self.seconds:g} s"
+        text += ", by key" if self.keyed else ""
+        return text + (f", {self.concurrency} at once" if self.concurrency > 1 else "")
+
+
+class OptionView(Struct, frozen=True, kw_only=True):
+    """An option's effective value as text, and where it comes from."""
+
+    value: str
+    origin: str
+
+
+class ConsumerView(Struct, frozen=True, kw_only=True):
+    """One consumer as it would run now."""
+
+    name: str
+    topics: tuple[str, ...]
+    group: str
+    payload: str
+    concurrency: int
+    runs_on: str
+    batchers: tuple[BatcherView, ...]
+    retry: str
+    dead_letters: tuple[str, ...]
+    order: str | None
+    window: tuple[int, int]
+    options: dict[str, OptionView]
+    guarantees: dict[str, str]
+
+
+def describe(app: App, definition: ConsumerDef) -> ConsumerView:
+    """What a consumer is and is promised over the app's broker. Raises OptionError or Unsupported, as its start would."""
+    check_features(definition, app.transport.features)
+    group = group_of(app, definition)
+    sizes = definition.batchings()
+    view = ConsumerView(
+        name=definition.name,
+        topics=definition.topics,
+        group=group,
+        payload=_type_name(getattr(definition, "payload_type", None)),
+        concurrency=definition.value("concurrency"),
+        runs_on="tasks" if _runs_in_loop(definition) else "threads",
+        batchers=tuple(
+            BatcherView(
+                name=name, size=one.size, seconds=one.timeout, keyed=one.key is not None, concurrency=one.concurrency
+            )
+            for name, one in sizes.items()
+        ),
+        retry=_retry(definition),
+        dead_letters=dead_letter_topics(app, definition),
+        order=definition.value("order_by"),
+        window=window_bounds(definition, sizes),
+        options={
+            name: OptionView(value=_value(name, one.value, definition, group), origin=one.origin)
+            for name, one in definition.options.items()
+        },
+        guarantees={},
+    )
+    view.guarantees.update(_guarantees(app, definition, view))
+    return view
+
+
+def group_of(app: App, definition: ConsumerDef) -> str:
+    """The group that a consumer runs in."""
+    group: str = definition.value("group") or app.group
+    return group
+
+
+def dead_letter_topics(app: App, definition: ConsumerDef) -> tuple[str, ...]:
+    """Where a consumer's dead letters go; for a pattern `{topic}` stands for the message's own topic."""
+    said = definition.value("dead_letter_topic")
+    if said is not None:
+        return (said,)
+    group = group_of(app, definition)
+    names = ("{topic}" if is_pattern(topic) else topic for topic in definition.topics)
+    return tuple(dict.fromkeys(dead_letter_topic(name, group) for name in names))
+
+
+def _runs_in_loop(definition: ConsumerDef) -> bool:
+    if definition.value("middleware"):
+        return True
+    if isinstance(definition, FunctionConsumer):
+        return is_async(definition.function)
+    if isinstance(definition, ClassConsumer) and definition.has_handle:
+        return is_async(definition.kind.handle)
+    return True
+
+
+def _retry(definition: ConsumerDef) -> str:
+    retry = definition.value("retry")
+    if definition.value("exhausted") == "retry":
+        return f"for ever, {retry.base_delay:g} to {retry.max_delay:g} s apart"
+    if retry.attempts == 1:
+        return "no retry"
+    return f"{retry.attempts} attempts, {retry.base_delay:g} to {retry.max_delay:g} s apart"
+
+
+def _guarantees(app: App, definition: ConsumerDef, view: ConsumerView) -> dict[str, str]:
+    features = app.transport.features
+    floor, ceiling = view.window
+    window = f"{floor}" if floor == ceiling else f"{floor} to {ceiling}, as the measured rate asks"
+    return {
+        "delivery": "at least once: acknowledged only after the handler" + (" and its batch" if view.batchers else ""),
+        "window": f"never more than this in hand: {window} messages, {_bytes(definition.value('max_buffer_bytes'))}",
+        "failure": _failure(definition, view),
+        "order": _order(view, features.order),
+        "durable": "yes: what was published survives the death of every process"
+        if features.durable
+        else "no: messages go when the broker's process ends",
+        "delay": f"held by the broker ({features.delay})" if features.delay != "none" else "none on this broker",
+        "crash": "what a killed process held comes back, at most its window is repeated"
+        if features.lease
+        else "what a killed process held comes back when its connection is gone",
+        "size": f"bodies up to {_bytes(definition.value('max_payload') or features.max_payload)}; larger are dead-lettered",
+    }
+
+
+def _failure(definition: ConsumerDef, view: ConsumerView) -> str:
+    if definition.value("exhausted") == "drop":
+        return f"{view.retry}, then dropped, with an error in the log"
+    if definition.value("exhausted") == "retry":
+        return f"tried {view.retry}; rejected ones to {', '.join(view.dead_letters)}"
+    return f"{view.retry}, then dead letter to {', '.join(view.dead_letters)}"
+
+
+def _order(view: ConsumerView, scope: str) -> str:
+    if view.order is None:
+        return "none promised (order_by is not set)"
+    where = {"group": "over the whole group", "process": "within each process"}.get(scope, scope)
+    return f"messages of one {view.order} one at a time, in order, {where}"
+
+
+def _value(name: str, value: Any, definition: ConsumerDef, group: str) -> str:
+    if name == "name":
+        return definition.name
+    if name == "group":
+        return group
+    if name == "retry":
+        return f"{value.attempts} attempts, {value.base_delay:g} s × {value.multiplier:g}, at most {value.max_delay:g} s"
+    if name == "payload":
+        return _type_name(getattr(definition, "payload_type", value))
+    if name in ("middleware", "gates"):
+        return ", ".join(getattr(one, "__name__", type(one).__name__) for one in value) or "none"
+    if name == "batchers":
+        return ", ".join(definition.batchers) or "none"
+    return str(value)
+
+
+def _type_name(kind: Any) -> str:
+    return str(getattr(kind, "__name__", kind))
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} bytes"

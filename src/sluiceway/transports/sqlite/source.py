@@ -1,0 +1,234 @@
+"""The source: one subscription on the SQLite file, as the event loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any, Literal
+
+import apsw
+
+from ...errors import TransportError
+from ...message import Message, Refused, Settlement
+from ...source import Backlog, Renewer, SourceStatus, Subscription
+from .io_thread import IOThread
+from .jobs import for_future
+from .reception import Tap
+from .renewer import SQLiteRenewer
+from .schema import HELD_INDEX, explain
+from .store import Inlet, Store
+
+log = logging.getLogger("sluiceway.sqlite")
+
+_DURABLE = {"retry", "dead_letter"}  # these settles, and all that have outputs, must survive a power cut
+
+
+class SQLiteSource:
+    """One subscription. It is an owner of its own: what it received is fenced by its scope, the owner's id.
+
+    `receive` returns messages in the order of their publishing, retries in their old place once they are due. When
+    another process takes over (this one was stopped for longer than the lease) the scope changes, `on_revoke` is
+    called with the old one, and settles of what was received under it come back as lost.
+    """
+
+    def __init__(
+        self, thread: IOThread, subscription: Subscription, *, path: str, lease: float, max_payload: int
+    ) -> None:
+        self.lease: float | None = lease
+        self.renewer: Callable[[], Renewer] | None = partial(SQLiteRenewer, path, lease)
+        self.closed = False
+        self._thread = thread
+        self._reception = thread.reception
+        self._subscription = subscription
+        self._path = path
+        self._max_payload = max_payload
+        self._window = subscription.window
+        self._held = 0
+        self._left: list[Message[Any]] = []  # claimed for a receive whose caller has gone
+        self._stopped = False
+        self._trouble: str | None = None
+        self._since = time.time()
+        self._revokes: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Make the group's queues and an owner. Before anything else, once. Raises TransportError when it cannot."""
+        subscription = self._subscription
+
+        def work(store: Store) -> tuple[Inlet, int, float]:
+            if subscription.order_by is not None:
+                store.execute(HELD_INDEX)
+            queue_ids = open_queues(store, subscription)
+            inlet = Inlet(queue_ids, ordered=subscription.order_by is not None, max_bytes=subscription.max_bytes)
+            store.routing.drop_orphans()
+            return inlet, *self._reception.add_owner(inlet, store)
+
+        try:
+            inlet, owner, until = await self._run("subscribe", work, full=True)
+        except OSError as error:
+            raise TransportError(f"cannot subscribe: no liveness file beside {self._path}: {error}") from error
+        inlet.owner, inlet.lease_until = owner, until
+        self._owner: int = owner
+        self._tap = Tap(inlet, self._on_lost, self._on_trouble)
+        self._reception.open(self._tap)
+
+    # -- receiving
+
+    async def receive(self, demand: int) -> Sequence[Message[Any]]:
+        """Wait for messages; returns 1 to `demand` of them, or nothing after `stop()` or while the window is 0.
+
+        A full disk or a lock that nobody lets go of is waited out, and `status()` says so. Raises TransportError for
+        a damaged file.
+        """
+        if self._left:
+            messages, self._left = self._left[:demand], self._left[demand:]
+            return messages
+        demand = min(demand, self._window)
+        if self._stopped or demand <= 0:
+            return []
+        future: asyncio.Future[list[Message[Any]]] = asyncio.get_running_loop().create_future()
+        self._reception.ask(self._tap, demand, partial(self._received, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._reception.withdraw(self._tap)
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._left += future.result()
+            raise
+
+    def _received(
+        self, future: asyncio.Future[Any], messages: list[Message[Any]] | None, error: BaseException | None
+    ) -> None:
+        if messages:
+            self._held += len(messages)
+        if future.done():
+            self._left += messages or ()
+        else:
+            for_future(future)(messages, error)
+
+    def resize(self, window: int) -> None:
+        """Change the window. 0 pauses: a waiting `receive` returns nothing."""
+        if (window == 0) != (self._window == 0):
+            self._since = time.time()
+        self._window = window
+        if window == 0 and not self.closed:
+            self._reception.withdraw(self._tap)
+
+    def stop(self) -> None:
+        """Receive nothing more: a waiting `receive` returns what a claim in progress gets, or nothing. Idempotent."""
+        if not self._stopped:
+            self._stopped = True
+            self._since = time.time()
+            self._reception.withdraw(self._tap)
+
+    # -- settling
+
+    async def settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
+        """End deliveries in one transaction; what others have taken over by now comes back as lost.
+
+        Raises TransportError when the database takes nothing now (a full disk, a lock); nothing is settled then.
+        """
+        if not acks and not others:
+            return ()
+        limit = self._max_payload
+        full = any(other.outputs or other.outcome in _DURABLE for other in others)
+        refused: list[Refused] = await self._run("settle", lambda store: store.settle(acks, others, limit), full=full)
+        self._held = max(0, self._held - len(acks) - len(others) + len(refused))
+        return refused
+
+    async def suspect(self, message: Message[Any]) -> bool:
+        """Write down one more suspicion, on disk when it returns. False: the message is not ours any more.
+
+        Raises TransportError when the database takes nothing now; nothing is written then.
+        """
+        suspicions = await self._run("suspect", lambda store: store.suspect(message.token), full=True)
+        if suspicions is None:
+            return False
+        message.suspicions = suspicions
+        message.suspect = False
+        return True
+
+    async def flush(self) -> None:
+        """Return when every earlier settle is committed."""
+        await self._run("flush", lambda store: None, reads=True)
+
+    # -- looking
+
+    def status(self) -> SourceStatus:
+        """How the source is. `held_by_broker`: claimed and not settled, as far as this process has heard."""
+        return SourceStatus(
+            state=self._state(),
+            since=self._since,
+            error=self._trouble,
+            scopes=frozenset({self._owner}),
+            held_by_broker=self._held,
+        )
+
+    def _state(self) -> Literal["running", "paused", "blocked", "stopped"]:
+        if self._stopped:
+            return "stopped"
+        if self._trouble is not None:
+            return "blocked"
+        return "running" if self._window else "paused"
+
+    async def backlog(self) -> Backlog | None:
+        """Messages of this group's topics that could be received now, and the age in seconds of the oldest."""
+        inlet = self._tap.inlet
+        found: Backlog = await self._run("count the backlog", lambda store: store.backlog(inlet), reads=True)
+        return found
+
+    async def aclose(self) -> None:
+        """Give everything back that is not settled, uncounted. Idempotent."""
+        if self.closed:
+            return
+        self.stop()
+        self.closed = True
+        self._left.clear()
+        self._held = 0
+        inlet = self._tap.inlet
+        self._reception.close_tap(self._tap)
+        await self._run("close the source", lambda store: store.routing.drop_owner(inlet.owner, counted=False))
+
+    # -- what the I/O thread says
+
+    def _on_lost(self, owner: int) -> None:
+        log.warning("another process took over what owner %d of %s held; its settles are void", owner, self._path)
+        self._owner = self._tap.inlet.owner
+        self._held = 0
+        self._left.clear()
+        task = asyncio.ensure_future(self._revoke(owner))
+        self._revokes.add(task)
+        task.add_done_callback(self._revokes.discard)
+
+    async def _revoke(self, owner: int) -> None:
+        try:
+            await self._subscription.on_revoke(frozenset({owner}), None)
+        except Exception:
+            log.exception("on_revoke failed for owner %d of %s; receiving goes on", owner, self._path)
+
+    def _on_trouble(self, text: str | None) -> None:
+        if text is not None and self._trouble is None:
+            log.warning("cannot receive, and go on trying: %s", text)
+        if (text is None) != (self._trouble is None):
+            self._since = time.time()
+        self._trouble = text
+
+    async def _run(self, what: str, work: Callable[[Store], Any], *, full: bool = False, reads: bool = False) -> Any:
+        try:
+            return await self._thread.run(work, full=full, reads=reads)
+        except apsw.Error as error:
+            raise TransportError(f"cannot {what}: {explain(error, self._path)}") from error
+
+
+def open_queues(store: Store, subscription: Subscription) -> list[int]:
+    """Make the queues of the subscription's group where they are missing; returns their ids."""
+    start = subscription.start
+    if isinstance(start, datetime):
+        since: float | None = start.timestamp()
+    else:
+        since = -math.inf if start == "earliest" else None
+    return store.routing.open(subscription.group, subscription.topics, since)

@@ -1,0 +1,353 @@
+"""A scripted broker: a real implementation of the source's contract that records every call and checks it.
+
+It redelivers what is retried, released, parked or left over at a close, as brokers do, and notes a violation when the
+runtime asks for more than its window, settles a delivery twice, calls after the close or makes two calls at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from sluiceway import Pipeline
+from sluiceway.message import Message, Outgoing, Refused, Settlement
+from sluiceway.source import Backlog, Renewer, SourceStatus
+
+Outcome = Literal["ack", "retry", "dead_letter", "release", "park"]
+SettleHook = Callable[[Sequence[Message[Any]], Sequence[Settlement]], Awaitable[Sequence[Refused] | None]]
+
+
+class Entry(Struct, eq=False):
+    """A message as the broker keeps it between deliveries."""
+
+    id: str
+    body: bytes
+    key: str | None = None
+    failures: int = 0
+    suspicions: int = 0
+    deliveries: int = 1
+    suspect: bool = False
+
+
+class Ended(Struct, eq=False):
+    """How one delivery ended."""
+
+    id: str
+    outcome: Outcome
+    delay: float = 0.0
+    counted: bool = True
+    outputs: tuple[Outgoing, ...] = ()
+    at: float = 0.0
+
+
+class Broker:
+    """What lives longer than a source: the messages, and the record of all that happened."""
+
+    def __init__(self, *bodies: bytes | str, limit: int | None = None) -> None:
+        self.waiting: deque[Entry] = deque()
+        self.held: dict[Message[Any], Entry] = {}
+        self.kept: list[str] = []  # ids that a close left as ours
+        self.limit = limit
+        self.window: Callable[[], int] | None = None
+        self.lease: float | None = None
+        self.renewer: Callable[[], Renewer] | None = None
+        self.max_most = 0  # most ever held
+        self.demands: list[int] = []
+        self.ended: list[Ended] = []
+        self.calls: list[tuple[int, int]] = []  # acks and others of each settle that did not raise
+        self.sources: list[RecordingSource] = []
+        self.suspected: list[str] = []
+        self.violations: list[str] = []
+        self.on_settle: SettleHook | None = None
+        self.on_receive: Callable[[int], Awaitable[None]] | None = None
+        self.on_suspect: Callable[[Message[Any]], Awaitable[bool]] | None = None
+        self.on_open: Callable[[], Awaitable[None]] | None = None
+        self.acks_in_flight = 0
+        self.most_acks_in_flight = 0
+        self.others_in_flight = 0
+        self.most_others_in_flight = 0
+        self.lost: set[str] = set()  # ids whose next settle is refused as lost
+        self._changed: set[asyncio.Future[None]] = set()
+        self._count = 0
+        self.put(*bodies)
+
+    # -- for tests -----------------------------------------------------------------------------------------------
+
+    def put(self, *bodies: bytes | str, key: str | None = None, **fields: Any) -> list[str]:
+        """Publish; returns the ids m1, m2, ..."""
+        ids = []
+        for body in bodies:
+            self._count += 1
+            data = body.encode() if isinstance(body, str) else body
+            entry = Entry(f"m{self._count}", data, key, **fields)
+            self.waiting.append(entry)
+            ids.append(entry.id)
+        self.changed()
+        return ids
+
+    async def open(self) -> RecordingSource:
+        if self.on_open is not None:
+            await self.on_open()
+        source = RecordingSource(self)
+        self.sources.append(source)
+        self.changed()
+        return source
+
+    @property
+    def source(self) -> RecordingSource:
+        return self.sources[-1]
+
+    async def until(self, true: Callable[[], object], seconds: float = 3600) -> None:
+        """Return once `true()` holds, looked at after everything that the broker sees."""
+        async with asyncio.timeout(seconds):
+            while not true():
+                future = asyncio.get_running_loop().create_future()
+                self._changed.add(future)
+                await future
+
+    async def settled(self, count: int) -> None:
+        """Return when so many messages have ended for good."""
+        await self.until(lambda: len(self.done) >= count)
+
+    def outcomes(self, id: str) -> list[str]:
+        return [one.outcome for one in self.ended if one.id == id]
+
+    @property
+    def done(self) -> list[str]:
+        """The ids that were acked or dead-lettered, in that order."""
+        return [one.id for one in self.ended if one.outcome in ("ack", "dead_letter")]
+
+    @property
+    def acked(self) -> list[str]:
+        return [one.id for one in self.ended if one.outcome == "ack"]
+
+    @property
+    def dead(self) -> list[Ended]:
+        return [one for one in self.ended if one.outcome == "dead_letter"]
+
+    def check(self) -> None:
+        """Nothing was done against the contract, and nothing ended twice."""
+        assert not self.violations, self.violations
+        assert len(set(self.done)) == len(self.done), "a message was settled twice"
+        assert all(source.closed for source in self.sources), "a source was not closed"
+
+    # -- what sources call ---------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        waiting, self._changed = self._changed, set()
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+        for source in self.sources:
+            source.wake()
+
+    def violation(self, text: str) -> None:
+        self.violations.append(text)
+
+    def back(self, entry: Entry, *, delay: float = 0.0, front: bool = True) -> None:
+        if delay > 0:
+            asyncio.get_running_loop().call_later(delay, self._due, entry)
+        elif front:
+            self.waiting.appendleft(entry)
+        else:
+            self.waiting.append(entry)
+
+    def _due(self, entry: Entry) -> None:
+        self.waiting.append(entry)
+        self.changed()
+
+
+class RecordingSource:
+    """One subscription of a `Broker`."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.lease = broker.lease
+        self.renewer = broker.renewer
+        self.receiving = False
+        self.paused = False
+        self.stopped = False
+        self.closed = False
+        self.resized: list[int] = []
+        self.flushed = 0
+        self.keep: list[str] = []
+        self.mine: set[Message[Any]] = set()
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def receive(self, demand: int) -> Sequence[Message[Any]]:
+        broker = self.broker
+        self._check_open("receive")
+        if self.receiving:
+            broker.violation("two receives at once")
+        if demand < 1:
+            broker.violation(f"a demand of {demand}")
+        held = len(self.mine)
+        limits = [broker.limit] + ([broker.window()] if broker.window is not None else [])
+        for limit in limits:
+            if limit is not None and held + demand > limit:
+                broker.violation(f"held {held} + demand {demand} > window {limit}")
+        broker.demands.append(demand)
+        self.receiving = True
+        try:
+            broker.changed()
+            if broker.on_receive is not None:
+                await broker.on_receive(demand)
+            while not (broker.waiting or self.stopped or self.paused or self.closed):
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+            if self.stopped or self.paused or self.closed:
+                return []
+            count = min(demand, len(broker.waiting))
+            messages = [self._deliver(broker.waiting.popleft()) for _ in range(count)]
+            broker.max_most = max(broker.max_most, len(self.mine))
+            return messages
+        finally:
+            self.receiving = False
+
+    async def settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
+        broker = self.broker
+        self._check_open("settle")
+        broker.acks_in_flight += bool(acks)
+        broker.others_in_flight += bool(others)
+        broker.most_acks_in_flight = max(broker.most_acks_in_flight, broker.acks_in_flight)
+        broker.most_others_in_flight = max(broker.most_others_in_flight, broker.others_in_flight)
+        try:
+            refused = (await broker.on_settle(acks, others) if broker.on_settle is not None else None) or []
+            no = {id(one.message): one for one in refused}
+            result = list(refused)
+            for message in acks:
+                if id(message) not in no:
+                    result += self._end(message, Settlement(message, "ack"))
+            for one in others:
+                if id(one.message) not in no:
+                    result += self._end(one.message, one)
+                elif no[id(one.message)].kind == "lost":
+                    self._forget(one.message)
+            broker.calls.append((len(acks), len(others)))
+            return result
+        finally:
+            broker.acks_in_flight -= bool(acks)
+            broker.others_in_flight -= bool(others)
+            broker.changed()
+
+    async def suspect(self, message: Message[Any]) -> bool:
+        self._check_open("suspect")
+        broker = self.broker
+        if broker.on_suspect is not None and not await broker.on_suspect(message):
+            self._forget(message)
+            return False
+        entry = broker.held[message]
+        entry.suspicions += 1
+        message.suspicions += 1
+        broker.suspected.append(message.id)
+        return True
+
+    async def flush(self) -> None:
+        self._check_open("flush")
+        self.flushed += 1
+
+    def resize(self, window: int) -> None:
+        self.resized.append(window)
+        self.paused = window == 0
+        self.wake()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.wake()
+
+    def status(self) -> SourceStatus:
+        state: Literal["stopped", "paused", "running"] = (
+            "stopped" if self.stopped else "paused" if self.paused else "running"
+        )
+        return SourceStatus(state=state, since=0.0)
+
+    async def backlog(self) -> Backlog | None:
+        return Backlog(len(self.broker.waiting), 0.0)
+
+    async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:
+        self.closed = True
+        kept = set(keep)
+        self.keep = [message.id for message in keep]
+        self.broker.kept += self.keep
+        for message in list(self.mine):
+            entry = self.broker.held.pop(message)
+            self.mine.discard(message)
+            if message not in kept:
+                self.broker.back(entry)
+        self.broker.changed()
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _deliver(self, entry: Entry) -> Message[Any]:
+        message: Message[Any] = Message(
+            "source", entry.body, entry.id, entry.key, token=entry.id, deliveries=entry.deliveries,
+            failures=entry.failures, suspicions=entry.suspicions, suspect=entry.suspect,
+        )  # fmt: skip
+        self.broker.held[message] = entry
+        self.mine.add(message)
+        return message
+
+    def _forget(self, message: Message[Any]) -> None:
+        self.mine.discard(message)
+        self.broker.held.pop(message, None)
+
+    def _end(self, message: Message[Any], one: Settlement) -> list[Refused]:
+        broker = self.broker
+        if message not in self.mine:
+            if message.id not in broker.lost:
+                broker.violation(f"{one.outcome} of {message.id}, which this source does not hold")
+            return [Refused(message, "lost")]
+        entry = broker.held[message]
+        self._forget(message)
+        if message.id in broker.lost:
+            broker.lost.discard(message.id)
+            return [Refused(message, "lost", "another has it")]
+        now = asyncio.get_running_loop().time()
+        broker.ended.append(Ended(message.id, one.outcome, one.delay, one.counted, one.outputs, now))
+        if one.outcome == "retry":
+            entry.failures += one.counted
+            broker.back(entry, delay=one.delay, front=False)
+        elif one.outcome == "release":
+            broker.back(entry)
+        elif one.outcome == "park":
+            broker.back(entry, front=False)
+        return []
+
+    def _check_open(self, what: str) -> None:
+        if self.closed:
+            self.broker.violation(f"{what} after the close")
+
+
+@asynccontextmanager
+async def running(pipeline: Pipeline, broker: Broker, *, check: bool = True) -> AsyncIterator[asyncio.Task[None]]:
+    """Run a pipeline while the body runs; drain it then, and check that the contract was kept."""
+    stats = pipeline.stats
+
+    def window() -> int:
+        now = stats()
+        return now.window if now is not None and now.window else 1 << 30
+
+    broker.window = window
+    task = asyncio.create_task(pipeline.run())
+    try:
+        await broker.until(lambda: broker.sources or task.done())
+        yield task
+    finally:
+        pipeline.stop()
+        await asyncio.wait((task,))
+    task.result()
+    if check:
+        broker.check()
+
+
+def bodies(count: int) -> Iterable[bytes]:
+    return (b"%d" % number for number in range(1, count + 1))
