@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ CASES: tuple[Case, ...] = (*memory.CASES, *threads.CASES, *sqlite.CASES, *latenc
 RESULTS = ROOT / "bench" / "results" / "latest.json"
 DOCS = ROOT / "docs" / "benchmarks.md"
 QUICK = 0.1  # of the messages and seconds
+BUSY = 0.5  # load average before the bench
+WIDTH = 130  # of the table in a file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,15 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(figure.case for case in chosen for figure in case.figures))
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
-    pin(0)  # the children have the last core
+    load = os.getloadavg()[0]
     try:
         outcomes = measure_all(chosen, options.rounds, QUICK if options.quick else 1.0)
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     rows = [row for outcome in outcomes for row in outcome.rows]
-    Console().print(table(rows))
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    console.print(table(rows))
     write_json(rows, options.json)
     if options.docs:
         write_docs(rows, DOCS, options.rounds)
@@ -50,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{outcome.rows[0].case} failed:\n{outcome.error}", file=sys.stderr)
     missed = [row for row in rows if not row.ok]
     print(f"{len(rows)} rows, {len(missed)} missed; medians of {options.rounds}; {machine()}; {options.json}")
+    if load > BUSY:
+        print(f"Others used {load:.1f} cores when this began: the figures are worth little.", file=sys.stderr)
     return 1 if missed else 0
 
 
@@ -65,7 +71,7 @@ def measure_all(cases: Sequence[Case], rounds: int, scale: float) -> list[Outcom
             outcomes.append(run_case(case, rounds, lambda: progress.advance(task), scale=scale))
             progress.update(task, completed=number * rounds)
             for row in outcomes[-1].rows:
-                progress.console.print(line(row), highlight=False)
+                progress.console.print(line(row), highlight=False, soft_wrap=True)
     return outcomes
 
 
@@ -99,4 +105,6 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
+    pin(0)  # the children have the last core
     sys.exit(main())

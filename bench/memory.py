@@ -118,7 +118,7 @@ async def task_each(scale: float, at_once: int = 10) -> dict[str, float]:
 
 
 BARE, PIPELINE = "bench.memory:bare", "bench.memory:pipeline"
-TUNED, PLAIN = "gc as the command line sets it", "gc default"
+TUNED, PLAIN = "gc set", "gc default"
 LINE = Job(PIPELINE)
 
 

@@ -70,10 +70,10 @@ def _peak() -> float:
 
 CASES = [
     Case(
-        (Figure("SQLite, 1,000,000 waiting behind a 10 ms handler: rise of peak memory", "MiB", "MiB", "rise", 10.0, 1.0),),
+        (Figure("SQLite, 1,000,000 waiting, 10 ms handler: rise of peak memory", "MiB", "MiB", "rise", 10.0, 1.0),),
         Job("bench.memory_use:peak", {"file": FULL, "waiting": WAITING}),
         Job("bench.memory_use:peak", {"file": EMPTY, "waiting": 0}),
         Job("bench.memory_use:fill", limit=300),
         folder=True,
     ),
-]  # fmt: skip
+]

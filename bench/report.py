@@ -21,7 +21,8 @@ START, END = "<!-- figures: python -m bench --docs writes from here -->", "<!-- 
 
 def table(rows: Sequence[Row]) -> Table:
     """All rows, for a terminal."""
-    shown = Table(title="Sluiceway's benchmark", title_justify="left", header_style="bold", pad_edge=False)
+    caption = "gc set: as the command line sets it. Ratio: ours / limit, or limit / ours where less is better."
+    shown = Table(title="Sluiceway's benchmark", title_justify="left", caption=caption, caption_justify="left")
     shown.add_column("case", overflow="fold", ratio=1)
     for name in ("ours", "unit", "limit", "ratio", "at least", ""):
         shown.add_column(name, justify="left" if name in ("unit", "") else "right", no_wrap=True)

@@ -11,6 +11,7 @@ from array import array
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
+from typing import cast
 
 import apsw
 import msgspec
@@ -102,9 +103,11 @@ def by_hand(folder: str, scale: float) -> dict[str, float]:
     db = apsw.Connection(str(path))
     db.execute("PRAGMA journal_mode = WAL; PRAGMA mmap_size = 0; PRAGMA journal_size_limit = 67108864").fetchall()
     db.execute("PRAGMA synchronous = NORMAL").fetchall()
-    (queue,) = db.execute("SELECT id FROM queues WHERE pattern = 'orders'").fetchone()
+    queue = db.execute("SELECT id FROM queues WHERE pattern = 'orders'").fetchall()[0][0]
     decode = msgspec.json.Decoder(Order).decode
     execute = db.execute
+    select = f"SELECT seq, body FROM queue WHERE queue_id = ? AND state = 0 ORDER BY seq LIMIT {CLAIM}"
+    claim = "UPDATE queue SET state = 2, owner = 1, deliveries = deliveries + 1 WHERE seq IN carray(?)"
     count, handled = int(COUNT * scale), 0
     done = array("q")
     began = perf_counter()
@@ -112,15 +115,10 @@ def by_hand(folder: str, scale: float) -> dict[str, float]:
         execute("BEGIN IMMEDIATE")
         if done:
             execute("DELETE FROM queue WHERE seq IN carray(?)", (apsw.carray(done),))
-        rows = execute(
-            f"SELECT seq, body FROM queue WHERE queue_id = ? AND state = 0 ORDER BY seq LIMIT {CLAIM}", (queue,)
-        ).fetchall()
+        rows = cast("list[tuple[int, bytes]]", execute(select, (queue,)).fetchall())
         done = array("q", [seq for seq, _ in rows])
         if done:
-            execute(
-                "UPDATE queue SET state = 2, owner = 1, deliveries = deliveries + 1 WHERE seq IN carray(?)",
-                (apsw.carray(done),),
-            )
+            execute(claim, (apsw.carray(done),))
         execute("COMMIT")
         if not done:
             break

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import inspect
 import logging
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, Unpack
 
-from ._decisions.topics import check_topic
 from .codec import encode
 from .consumer import ConsumerDecorator, ConsumerDef, consumer, definition
 from .errors import AppError, OptionError
 from .manager import ConsumerManager
-from .message import NO_HEADERS, Outgoing
-from .options import ConsumerOptions
+from .message import Outgoing, make_outgoing
+from .options import ConsumerOptions, check_group
 from .pipeline import SHUTDOWN_TIMEOUT
 from .telemetry import Telemetry
 from .transport import Transport
@@ -52,8 +53,8 @@ class App:
       argument. It is entered before the first message and left after the last settle.
     - `consumers`: consumers declared apart with `@consumer`.
     - `shutdown_timeout`: seconds a drain may take before running handlers are cancelled.
-    - `max_restarts` in `max_seconds`: how often a pipeline may crash before it is given up. `give_up`: `exit` drains the
-      others and raises PipelineFailed; `continue` goes on without it.
+    - `max_restarts` in `max_seconds`: how often a pipeline may crash before it is given up. `give_up`: `exit` drains
+      the others and raises PipelineFailed; `continue` goes on without it.
 
     Raises OptionError for what is not allowed.
     """
@@ -70,12 +71,19 @@ class App:
         max_seconds: float = 60.0,
         give_up: Literal["exit", "continue"] = "exit",
     ) -> None:
-        if not group:
-            raise OptionError("App: group must be a non-empty string")
-        if shutdown_timeout < 0:
-            raise OptionError(f"App: shutdown_timeout must be 0 or more seconds, got {shutdown_timeout!r}")
-        if give_up not in ("exit", "continue"):
-            raise OptionError(f"App: give_up must be 'exit' or 'continue', got {give_up!r}")
+        check_group("App", group)
+        _check("shutdown_timeout", shutdown_timeout, _is_number(shutdown_timeout, 0), "0 or more seconds")
+        restarts = _is_number(max_restarts, 0) and isinstance(max_restarts, int)
+        _check("max_restarts", max_restarts, restarts, "a whole number, 0 or more")
+        _check("max_seconds", max_seconds, _is_number(max_seconds, 0) and max_seconds > 0, "seconds, more than 0")
+        _check("give_up", give_up, give_up in ("exit", "continue"), "'exit' or 'continue'")
+        entered = callable(lifespan) and not inspect.isasyncgenfunction(lifespan)
+        _check(
+            "lifespan",
+            lifespan,
+            entered or lifespan is None,
+            "a function decorated with @contextlib.asynccontextmanager",
+        )
         self.url = broker if isinstance(broker, str) else None
         self.group = group
         self.lifespan = lifespan
@@ -85,7 +93,7 @@ class App:
         self.give_up = give_up
         self.telemetry = Telemetry()
         self.consumers: dict[str, ConsumerDef] = {}
-        self.transport: Transport = open_transport(broker) if isinstance(broker, str) else broker
+        self.transport: Transport = _as_transport(broker)
         self.manager = ConsumerManager(self)
         self._connected: asyncio.AbstractEventLoop | None = None
         self._users = 0
@@ -98,7 +106,7 @@ class App:
         """Run over another broker from now on. Raises AppError while connected, and OptionError for an unknown URL."""
         if self._connected is not None:
             raise AppError("the app is connected already; choose its broker before that")
-        self.transport = open_transport(broker) if isinstance(broker, str) else broker
+        self.transport = _as_transport(broker)
         self.url = broker if isinstance(broker, str) else None
 
     @property
@@ -146,7 +154,7 @@ class App:
         app is not connected; close with `aclose` or use `async with app:`. Raises PublishError, PayloadTooLarge and,
         for what is not allowed, OptionError.
         """
-        outgoing = make_outgoing(topic, payload, key=key, headers=headers, delay=delay)
+        outgoing = make_outgoing(topic, encode(payload), key=key, headers=headers, delay=delay)
         await self._publish((outgoing,))
         return outgoing.id
 
@@ -162,13 +170,16 @@ class App:
         """Publish many payloads to one topic, in order, in as few calls as the broker allows; returns their ids.
 
         `key` makes the key of each payload. Either all is published or PublishError says what is not (`.failed`).
+        Raises OptionError for what is not allowed, and then publishes nothing.
         """
-        check_topic(topic, pattern=False)
-        kept = dict(headers) if headers else NO_HEADERS
-        outgoing = [
-            Outgoing(topic, encode(payload), None if key is None else key(payload), kept, delay=delay)
-            for payload in payloads
-        ]
+        kept = make_outgoing(topic, b"", headers=headers, delay=delay).headers
+        if key is None:
+            outgoing = [Outgoing(topic, encode(payload), headers=kept, delay=delay) for payload in payloads]
+        else:
+            outgoing = [
+                make_outgoing(topic, encode(payload), key=key(payload), headers=kept, delay=delay)
+                for payload in payloads
+            ]
         await self._publish(outgoing)
         return [one.id for one in outgoing]
 
@@ -283,25 +294,21 @@ class App:
                 loop.remove_signal_handler(one)
 
 
-def make_outgoing(
-    topic: str,
-    payload: Any,
-    *,
-    key: str | None = None,
-    headers: Mapping[str, str] | None = None,
-    delay: float = 0.0,
-) -> Outgoing:
-    """A message to publish. Raises OptionError for a topic, key, header or delay that is not allowed."""
-    check_topic(topic, pattern=False)
-    if key is not None and not isinstance(key, str):
-        raise OptionError(f"publish to {topic!r}: key must be a string or None, got {key!r}")
-    if not delay >= 0 or delay == float("inf"):
-        raise OptionError(f"publish to {topic!r}: delay must be 0 or more seconds, got {delay!r}")
-    given: Mapping[Any, Any] = headers or {}
-    for name, value in given.items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise OptionError(f"publish to {topic!r}: headers are strings, got {name!r}: {value!r}")
-    return Outgoing(topic, encode(payload), key, dict(headers) if headers else NO_HEADERS, delay=delay)
+def _as_transport(broker: object) -> Transport:
+    if isinstance(broker, str):
+        return open_transport(broker)
+    if not isinstance(broker, Transport):
+        raise OptionError(f"App: broker must be a URL or a Transport, got {broker!r}")
+    return broker
+
+
+def _check(name: str, value: object, allowed: bool, what: str) -> None:
+    if not allowed:
+        raise OptionError(f"App: {name} must be {what}; got {value!r}")
+
+
+def _is_number(value: object, least: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= sys.float_info.max
 
 
 def _without_password(url: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
 import typing
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar, Unpack, get_args, get_origin, overload
+from functools import partial
+from typing import Annotated, Any, Generic, Protocol, TypeVar, Unpack, get_args, get_origin, overload
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ._decisions.topics import check_topic
+from ._decisions.topics import check_topic, is_dead_letter_topic, is_pattern
 from ._runtime.spec import ErrorChoice
 from .errors import AppError, OptionError
 from .message import DEFAULT_BATCHER, Batch, Message
@@ -53,6 +56,14 @@ class Consumer(Generic[T]):
         return None
 
 
+_METHODS = {
+    "handle": ("message",),
+    "handle_batch": ("batch",),
+    "handle_error": ("message", "error"),
+    "handle_failed": ("messages",),
+}
+
+
 class BatcherDef(Struct, frozen=True):
     """A batcher as declared: its batch handler and the sizes given with it."""
 
@@ -77,8 +88,9 @@ class ConsumerDef:
 
     def override(self, name: str, text: str) -> None:
         """Change an option from the command line. Raises OptionError."""
-        self.overrides[name] = text
-        self.options = resolve(self.name, self.given, self.overrides)
+        overrides = {**self.overrides, name: text}
+        self.options = resolve(self.name, self.given, overrides)
+        self.overrides = overrides
 
     def value(self, name: str) -> Any:
         return self.options[name].value
@@ -118,7 +130,8 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
     """A consumer as a function. Calling it calls the function, so that it can be tested by itself."""
 
     def __init__(self, function: Callable[..., Any], topics: tuple[str, ...], given: Mapping[str, Any]) -> None:
-        super().__init__(topics, given, getattr(function, "__name__", "consumer"))
+        super().__init__(topics, given, _name(function))
+        _check_call(self.name, function, "a handler takes (message) or (message, context)", 1, 2)
         self.function = function
         self.payload_type = given.get("payload") or _payload_type(self.name, function)
         self._on_error: Callable[..., Any] | None = None
@@ -141,14 +154,18 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
     ) -> Callable[[BatchF], BatchF]:
         """Declare a batcher and its batch handler.
 
-        A batch goes after `size` messages (default 100) or `timeout` seconds (default 1.0). `key` takes what the handler
-        returned; messages of one key share batches. `concurrency` batches run at once. Raises OptionError.
+        A batch goes after `size` messages (default 100) or `timeout` seconds (default 1.0). `key` takes what the
+        handler returned; messages of one key share batches. `concurrency` batches run at once. Raises OptionError.
         """
+        if not isinstance(name, str) or not name:
+            raise OptionError(f"{self.name}: a batcher's name is a non-empty string, got {name!r}; write .batch(...)")
         default = self.default_batching()
 
         def declare(function: BatchF) -> BatchF:
+            where = f"{self.name}, batcher {name!r}"
             if name in self.batchers:
                 raise OptionError(f"{self.name}: batcher {name!r} is declared twice")
+            _check_call(where, function, "a batch handler takes (batch) or (batch, context)", 1, 2)
             try:
                 batching = Batching(
                     size=default.size if size is None else size,
@@ -157,7 +174,7 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
                     concurrency=concurrency,
                 )
             except OptionError as error:
-                raise OptionError(f"{self.name}, batcher {name!r}: {error}") from None
+                raise OptionError(f"{where}: {error}") from None
             self.batchers[name] = BatcherDef(function, batching)
             return function
 
@@ -165,11 +182,13 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
 
     def handle_error(self, function: HookF) -> HookF:
         """Declare `handle_error(message, error)`; see Consumer.handle_error."""
+        _check_call(self.name, function, "handle_error takes (message, error)", 2)
         self._on_error = function
         return function
 
     def handle_failed(self, function: HookF) -> HookF:
         """Declare `handle_failed(messages)`; see Consumer.handle_failed."""
+        _check_call(self.name, function, "handle_failed takes (messages)", 1)
         self._on_failed = function
         return function
 
@@ -198,6 +217,10 @@ class ClassConsumer(ConsumerDef):
             raise OptionError(f"{self.name}: define handle, handle_batch or both")
         if self.value("batchers") and not self.has_batch:
             raise OptionError(f"{self.name}: batchers need a handle_batch")
+        _check_call(self.name, kind, "the constructor takes nothing or the context", 0, 1)
+        for method, arguments in _METHODS.items():
+            rule = f"{method} takes (self, {', '.join(arguments)})"
+            _check_call(self.name, _method(kind, method), rule, len(arguments))
         self.payload_type = given.get("payload") or _class_payload_type(self.name, kind, self.has_handle)
         if self.has_batch:
             named = self.value("batchers") or {}
@@ -205,9 +228,8 @@ class ClassConsumer(ConsumerDef):
             self.batchers = {name: BatcherDef(kind.handle_batch, batching) for name, batching in batchers.items()}
 
     def bind(self, context: Any) -> Bound:
-        takes = _positional(self.kind.__init__) - 1 if self.kind.__init__ is not object.__init__ else 0
         make: Callable[..., Consumer[Any]] = self.kind
-        consumer = make(context) if takes else make()
+        consumer = make(context) if _takes(make, 0, context) else make()
         sizes = self.batchings()
         return Bound(
             handle=consumer.handle if self.has_handle else _payload,
@@ -226,7 +248,7 @@ async def _payload(message: Message[Any]) -> Any:
 class ConsumerDecorator(Protocol):
     """What `consumer(...)` returns: it takes a function or a Consumer class."""
 
-    # A class is callable too, so the first overload overlaps the last two; the first that fits is taken, which is right.
+    # A class is callable too, so the first overload overlaps the last two; the first that fits is taken: the right one.
     @overload
     def __call__(self, target: type[ConsumerT]) -> type[ConsumerT]: ...  # type: ignore[overload-overlap]
     @overload
@@ -247,6 +269,9 @@ def consumer(*topics: str, **options: Unpack[ConsumerOptions]) -> ConsumerDecora
 
     `topics` may be patterns (`*` one word, `#` any number). Raises OptionError, here and now, for what is not allowed.
     """
+    for topic in topics:
+        if not isinstance(topic, str):
+            raise OptionError(f'consumer: a topic is a string, got {topic!r}; write @consumer("topic")')
 
     def declare(target: Any) -> Any:
         if inspect.isclass(target):
@@ -263,7 +288,7 @@ def consumer(*topics: str, **options: Unpack[ConsumerOptions]) -> ConsumerDecora
 
 def definition(declared: Any) -> ConsumerDef:
     """The definition behind what `consumer(...)` returned. Raises AppError for anything else."""
-    found = declared if isinstance(declared, ConsumerDef) else vars(declared).get(DEFINITION)
+    found = declared if isinstance(declared, ConsumerDef) else getattr(declared, "__dict__", {}).get(DEFINITION)
     if not isinstance(found, ConsumerDef):
         raise AppError(f"{declared!r} is not a consumer; decorate it with @consumer(topic)")
     return found
@@ -274,21 +299,60 @@ def _checked_topic(name: str, topic: str) -> None:
         check_topic(topic, pattern=True)
     except OptionError as error:
         raise OptionError(f"{name}: {error}") from None
+    if is_pattern(topic) and is_dead_letter_topic(topic):
+        raise OptionError(f"{name}: topic {topic!r} matches nothing: dead-letter topics must be named in full")
+
+
+# -- reading what users write ----------------------------------------------------------------------------------------
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    call = getattr(function, "__call__", None)  # noqa: B004 # an object whose __call__ is async counts too
-    return inspect.iscoroutinefunction(inspect.unwrap(function)) or inspect.iscoroutinefunction(call)
+    """Whether calling `function` gives an awaitable: seen through partials, decorators and objects with `__call__`."""
+    layer: Any = function
+    while layer is not None:
+        if inspect.iscoroutinefunction(layer) or inspect.iscoroutinefunction(getattr(layer, "__call__", None)):  # noqa: B004
+            return True
+        layer = layer.func if isinstance(layer, partial) else getattr(layer, "__wrapped__", None)
+    return False
 
 
-def _positional(function: Callable[..., Any]) -> int:
+def _name(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _method(kind: type, name: str) -> Callable[..., Any]:
+    """A method as its object will have it: without `self`."""
+    found: Callable[..., Any] = getattr(kind, name)
+    return partial(found, None) if inspect.isfunction(inspect.getattr_static(kind, name)) else found
+
+
+def _check_call(where: str, function: Callable[..., Any], rule: str, *counts: int) -> None:
+    """Raise OptionError unless `function` can be called with one of so many arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        raise OptionError(f"{where}: {rule}, and {function!r} does not say what it takes") from None
+    if next(iter(signature.parameters), None) in ("self", "cls"):
+        raise OptionError(f"{where}: a method is declared by its class, one that inherits from Consumer[payload type]")
+    for count in counts:
+        with contextlib.suppress(TypeError):
+            signature.bind(*range(count))
+            return
+    raise OptionError(f"{where}: {rule}; got {_name(function)}{signature}")
+
+
+def _takes(function: Callable[..., Any], index: int, context: Any) -> bool:
+    """Whether the context is handed over as argument `index`. One with a default keeps it when there is no context."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(one.kind in kinds for one in inspect.signature(function).parameters.values())
+    taken = [one for one in inspect.signature(function).parameters.values() if one.kind in kinds]
+    return len(taken) > index and (taken[index].default is inspect.Parameter.empty or context is not None)
 
 
 def _with(function: Callable[..., Any], context: Any) -> Callable[[Any], Any]:
     """`function(message)`, also when it takes the context as its second argument."""
-    if _positional(function) < 2:
+    if not _takes(function, 1, context):
         return function
     if is_async(function):
 
@@ -301,38 +365,63 @@ def _with(function: Callable[..., Any], context: Any) -> Callable[[Any], Any]:
 
 def _payload_type(name: str, function: Callable[..., Any]) -> Any:
     """T of the first parameter's `Message[T]`; Any (whatever the JSON says) when it says nothing."""
-    parameters = list(inspect.signature(function).parameters.values())
-    if not parameters:
-        raise OptionError(f"{name}: a handler takes the message as its first argument")
-    annotation = parameters[0].annotation
-    if isinstance(annotation, str):
-        try:
-            annotation = typing.get_type_hints(function).get(parameters[0].name, Any)
-        except NameError as error:
-            raise OptionError(
-                f"{name}: the annotation {annotation!r} cannot be read here ({error}); "
-                "define the type at module level or give payload=..."
-            ) from None
+    first = next(iter(inspect.signature(function).parameters.values()))
+    if first.annotation is inspect.Parameter.empty:
+        return Any
+    annotation = _evaluated(name, first.annotation, _globals(function))
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     if get_origin(annotation) is Message:
         (argument,) = get_args(annotation)
         return Any if isinstance(argument, TypeVar) else argument
+    foreign = inspect.isclass(annotation) and annotation is not Any and annotation not in Message.__mro__
+    if foreign and not getattr(annotation, "_is_protocol", False):
+        raise OptionError(f"{name}: a handler takes a Message[{annotation.__name__}], not a {annotation.__name__}")
     return Any
 
 
 def _class_payload_type(name: str, kind: type[Consumer[Any]], has_handle: bool) -> Any:
-    for base in getattr(kind, "__orig_bases__", ()):
-        if get_origin(base) is Consumer:
-            (argument,) = get_args(base)
-            return Any if isinstance(argument, TypeVar) else argument
-    if not has_handle:
-        return Any
-    return _payload_type(name, _unbound(kind.handle))
+    argument = _argument(name, kind)
+    if not isinstance(argument, TypeVar):
+        return argument
+    return _payload_type(name, _method(kind, "handle")) if has_handle else Any
 
 
-def _unbound(method: Callable[..., Any]) -> Callable[..., Any]:
-    def handle(message: Any) -> Any: ...
+def _argument(name: str, kind: type) -> Any:
+    """What stands for T of `Consumer[T]`, followed through the classes between; a TypeVar when nothing does."""
+    for base in vars(kind).get("__orig_bases__", kind.__bases__):
+        origin = get_origin(base) or base
+        if origin is Consumer:
+            return _evaluated(name, *(get_args(base) or (T,)), vars(sys.modules[kind.__module__]))
+        if inspect.isclass(origin) and issubclass(origin, Consumer):
+            found = _argument(name, origin)
+            known = dict(zip(getattr(origin, "__parameters__", ()), get_args(base), strict=False))
+            if isinstance(found, TypeVar):
+                return known.get(found, found)
+            open_ones = getattr(found, "__parameters__", ())
+            return found[tuple(known.get(one, one) for one in open_ones)] if open_ones else found
+    return T
 
-    handle.__annotations__ = {
-        "message": next((v for k, v in typing.get_type_hints(method).items() if k != "return"), Any)
-    }
-    return handle
+
+def _globals(function: Any) -> dict[str, Any]:
+    """The names that a function's annotations can use."""
+    while isinstance(function, partial) or hasattr(function, "__wrapped__"):
+        function = function.func if isinstance(function, partial) else function.__wrapped__
+    if not hasattr(function, "__globals__"):
+        function = getattr(function, "__func__", type(function).__call__)
+    return getattr(function, "__globals__", {})
+
+
+def _evaluated(name: str, annotation: Any, names: dict[str, Any]) -> Any:
+    """An annotation that may be, or hold, text. It alone: the others of its function may be for type checkers only."""
+
+    def holder() -> None: ...
+
+    holder.__annotations__ = {"it": annotation}
+    try:
+        return typing.get_type_hints(holder, names, include_extras=True)["it"]
+    except Exception as error:
+        raise OptionError(
+            f"{name}: the annotation {annotation!r} cannot be read here ({error}); "
+            "define the type at module level or give payload=..."
+        ) from None

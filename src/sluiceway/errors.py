@@ -6,10 +6,10 @@ SluicewayError
 ├── TransportError         a broker cannot do what was asked
 │   ├── ConnectError       it cannot be reached, opened or trusted
 │   ├── PublishError       some messages were not accepted; `.failed` says which
-│   ├── PayloadTooLarge    a body is over the broker's limit (also a PublishError)
+│   │   └── PayloadTooLarge  a body is over the broker's limit
 │   └── Unsupported        the broker lacks a feature that an option needs
 ├── DecodeError            a body is not what the consumer's payload type says
-├── HandlerTimeout         a handler ran longer than the consumer's `timeout`
+├── HandlerTimeout         a handler ran longer than the consumer's `timeout` (also a TimeoutError)
 ├── RoutingError           a message was sent to a batcher that does not exist
 ├── ForeignMessage         a batch handler failed a message of another batch
 ├── AlreadySettled         a message was settled before
@@ -26,6 +26,7 @@ MessageFailed              what `message.fail("text")` stands for
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,16 +122,15 @@ class RetryLater(Directive):
 
     def __init__(self, delay: float | None = None, reason: str = "retry later", *, counted: bool = True) -> None:
         super().__init__(reason)
-        if delay is not None and not (
-            isinstance(delay, (int, float)) and not isinstance(delay, bool) and 0 <= delay < float("inf")
-        ):
+        number = isinstance(delay, (int, float)) and not isinstance(delay, bool)
+        if delay is not None and not (number and 0 <= delay <= sys.float_info.max):
             raise OptionError(f"RetryLater: delay must be 0 or more seconds, or None; got {delay!r}")
         self.delay = delay
         self.reason = reason
         self.counted = counted
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.delay, self.reason), self.__dict__  # `args`, which pickle would take, is the text alone
+        return type(self), (self.delay, self.reason), self.__dict__  # pickle would take `args`, the text alone
 
 
 class Release(Directive):

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from ._decisions.backoff import RestartRule
-from ._runtime.flow import Drained
+from ._runtime.drain import Drained
 from ._runtime.supervisor import PipelineStats, Supervisor
 from .errors import AppError, PipelineFailed
 from .gate import Pause

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import os
+import re
+import sys
 import time
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,7 +15,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 import msgspec
 from msgspec import Struct
 
-from .errors import AlreadySettled, ForeignMessage
+from .errors import AlreadySettled, ForeignMessage, MessageFailed, OptionError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -78,6 +80,49 @@ class Outgoing(Struct, eq=False):
     group: str | None = None
 
 
+_WORD = re.compile(r"[A-Za-z0-9_\-:/@+=~]+")
+
+
+def check_topic(topic: object, *, pattern: bool) -> str:
+    """Return `topic`, or raise OptionError that says what is wrong with it."""
+    if not isinstance(topic, str) or not topic:
+        raise OptionError(f"topic must be a non-empty string, got {topic!r}")
+    for word in topic.split("."):
+        if word in ("*", "#"):
+            if not pattern:
+                raise OptionError(f"topic {topic!r} is a pattern; a message is published to one topic")
+        elif not _WORD.fullmatch(word):
+            raise OptionError(
+                f"topic {topic!r} has the word {word!r}; words are letters, digits and any of _-:/@+=~, joined by dots"
+            )
+    return topic
+
+
+def make_outgoing(
+    topic: str, body: bytes, *, key: str | None = None, headers: Mapping[str, str] | None = None, delay: float = 0.0
+) -> Outgoing:
+    """A message to publish. Raises OptionError for a topic, key, header or delay that is not allowed."""
+    check_topic(topic, pattern=False)
+    if key is not None and not _is_text(key, "surrogateescape"):
+        raise OptionError(f"publish to {topic!r}: key must be a string or None, got {key!r}")
+    number = isinstance(delay, (int, float)) and not isinstance(delay, bool)
+    if not (number and 0 <= delay <= sys.float_info.max):
+        raise OptionError(f"publish to {topic!r}: delay must be 0 or more seconds, got {delay!r}")
+    if headers is not None and not isinstance(headers, Mapping):
+        raise OptionError(f"publish to {topic!r}: headers must be a mapping from strings to strings, got {headers!r}")
+    for name, value in (headers or {}).items():
+        if not (_is_text(name) and _is_text(value)):
+            raise OptionError(f"publish to {topic!r}: headers are strings, got {name!r}: {value!r}")
+    return Outgoing(topic, body, key, dict(headers) if headers else NO_HEADERS, delay=delay)
+
+
+def _is_text(value: object, errors: str = "strict") -> bool:
+    try:
+        return isinstance(value, str) and value.encode("utf-8", errors) is not None
+    except UnicodeEncodeError:
+        return False
+
+
 class Settler(Protocol):
     """What a running message can ask of its pipeline."""
 
@@ -135,21 +180,26 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
         """Send the message to `batcher` once its handler returns.
 
         Messages of one `key` share batches; with `flush` the batch is emitted at once, with all that is in it.
-        Raises RoutingError, here and now, when there is no such batcher. A later call replaces an earlier one.
+        Raises RoutingError, here and now, when there is no such batcher, and TypeError for a key without a hash.
+        A later call replaces an earlier one.
         """
+        hash(key)
         if self.settler is not None:
             self.settler.check_batcher(batcher)
         self.batcher = batcher
         self.batch_key = key
         self.flush = flush
 
-    def fail(self, error: BaseException | str) -> None:
+    def fail(self, error: BaseException | type[BaseException] | str) -> None:
         """Fail this message: in a batch handler exactly what `raise error` is in a handler.
 
-        A string stands for an exception with that text. The last call counts. Raises AlreadySettled when the message was settled.
+        A string stands for an exception with that text. The last call counts. Raises AlreadySettled when the message
+        was settled.
         """
         if self.state >= SETTLING:
             raise AlreadySettled(f"message {self.id} of {self.topic!r} is settled already and cannot fail any more")
+        if isinstance(error, type) and issubclass(error, BaseException):
+            error = error()  # as `raise` does
         self.error = error if isinstance(error, BaseException) else MessageFailed(error)
 
     def publish(
@@ -163,14 +213,15 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
     ) -> None:
         """Publish together with this message's settle: atomic where the broker can, else confirmed before the ack.
 
-        Nothing is published when the handler fails. `payload` is encoded now; `delay` is in seconds.
+        Nothing is published when the handler fails. `payload` is encoded now; `delay` is in seconds. Raises OptionError
+        and PayloadTooLarge, here and now, for what no broker takes.
         """
         if self.settler is None:
             raise AlreadySettled(f"message {self.id} is not in a running pipeline; use app.publish")
         if self.state >= SETTLING:
             raise AlreadySettled(f"message {self.id} of {self.topic!r} is settled already; use app.publish")
         body = self.settler.encode(payload)
-        outgoing = Outgoing(topic, body, key, dict(headers) if headers else NO_HEADERS, delay=delay)
+        outgoing = make_outgoing(topic, body, key=key, headers=headers, delay=delay)
         self.outputs = [*(self.outputs or ()), outgoing]
 
     async def ack(self) -> None:
@@ -178,13 +229,11 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
 
         Returns when the broker has taken it. Raises AlreadySettled when it was settled before.
         """
-        if self.settler is None or self.state >= SETTLING:
+        if self.settler is None:
+            raise AlreadySettled(f"message {self.id} of {self.topic!r} is not in a running pipeline; nothing to settle")
+        if self.state >= SETTLING:
             raise AlreadySettled(f"message {self.id} of {self.topic!r} is settled already")
         await self.settler.settle_now(self)
-
-
-class MessageFailed(Exception):
-    """What `message.fail("text")` stands for."""
 
 
 class BatchInfo(Struct, frozen=True):
@@ -232,7 +281,7 @@ class Batch(Sequence[Message[Any]], Generic[R]):
         """The batch key that all messages share; None without one."""
         return self.info.key
 
-    def fail(self, message: Message[Any], error: BaseException | str) -> None:
+    def fail(self, message: Message[Any], error: BaseException | type[BaseException] | str) -> None:
         """Fail one message of this batch. Raises ForeignMessage when it is not of this batch."""
         if not any(message is own for own in self._messages):
             raise ForeignMessage(f"message {message.id} of {message.topic!r} is not of this batch of {len(self)}")

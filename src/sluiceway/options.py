@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, TypedDict
@@ -85,8 +85,8 @@ def _count(value: Any) -> str | None:
 
 
 def _seconds(value: Any) -> str | None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    return None if good else "seconds, more than 0"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return None if number and 0 < value <= sys.float_info.max else "seconds, more than 0"
 
 
 def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
@@ -104,9 +104,16 @@ def _text(value: Any) -> str | None:
 def _topic(value: Any) -> str | None:
     try:
         check_topic(value, pattern=False)
-    except OptionError as error:
-        return f"a topic ({error})"
+    except OptionError:
+        return "words of letters, digits and _-:/@+=~, joined by dots"
     return None
+
+
+def check_group(where: str, value: Any) -> None:
+    """Raise OptionError when `value` cannot be a group: it is a part of its dead-letter topics' names."""
+    problem = _topic(value)
+    if problem:
+        raise OptionError(f"{where}: group must be {problem}; got {value!r}")
 
 
 def _one_of(*allowed: Any) -> Callable[[Any], str | None]:
@@ -124,21 +131,27 @@ def _callables(value: Any) -> str | None:
 
 
 def _gates(value: Any) -> str | None:
-    good = isinstance(value, Sequence) and all(isinstance(one, object) and hasattr(one, "allow") for one in value)
-    return None if good else "a sequence of gates"
+    methods = ("allow", "took", "opens_at", "on_change")
+    good = isinstance(value, Sequence) and all(
+        callable(getattr(gate, method, None)) for gate in value for method in methods
+    )
+    return None if good and not isinstance(value, str) else "a sequence of gates"
 
 
 def _batchers(value: Any) -> str | None:
     good = isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(one, Batching) for name, one in value.items()
+        _text(name) is None and isinstance(one, Batching) for name, one in value.items()
     )
     return None if good else "a mapping from batcher names to Batching(...)"
 
 
 def _start(value: Any) -> str | None:
-    if isinstance(value, datetime):
-        return None if value.tzinfo is not None else "a datetime with a time zone"
-    return _one_of("earliest", "latest")(value) and "'earliest', 'latest' or a datetime with a time zone"
+    good = value.tzinfo is not None if isinstance(value, datetime) else value in ("earliest", "latest")
+    return None if good else "'earliest', 'latest' or a datetime with a time zone"
+
+
+def _parse_start(text: str) -> str | datetime:
+    return text if text in ("earliest", "latest") else datetime.fromisoformat(text)
 
 
 def _is_int(value: Any) -> bool:
@@ -158,7 +171,7 @@ OPTIONS: dict[str, Option] = {
     "group": Option(
         None,
         "Each group gets every message once; its members share them. The app's group unless given.",
-        _optional(_text),
+        _optional(_topic),
         str,
     ),
     "concurrency": Option(
@@ -193,7 +206,7 @@ OPTIONS: dict[str, Option] = {
         _one_of("key", None),
         str,
     ),
-    "start": Option("earliest", "Where a group begins that the broker has never seen.", _start, str),
+    "start": Option("earliest", "Where a group begins that the broker has never seen.", _start, _parse_start),
     "max_demand": Option(
         None,
         "The window: the most messages held unsettled; None: it follows the measured rate, up to 1,000.",
@@ -230,8 +243,8 @@ def unknown(consumer: str, name: str, known: Iterable[str], kind: str = "option"
     """The error for a name that is not known, with the nearest right one."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return OptionError(f"{consumer}: there is no {kind} {name!r}{hint} Known: {', '.join(names)}")
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return OptionError(f"{consumer}: there is no {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}")
 
 
 def _checked(consumer: str, name: str, value: Any) -> Any:

@@ -10,7 +10,7 @@ from ._decisions.policy import FailureRules
 from ._runtime.spec import BatcherSpec, PipelineSpec
 from ._runtime.supervisor import PipelineStats, Supervisor
 from ._runtime.thread_calls import ThreadCalls
-from .codec import encode, make_decoder
+from .codec import encode, make_decoder, make_encoder
 from .consumer import Bound, ConsumerDef, FunctionConsumer, is_async
 from .errors import OptionError, Unsupported
 from .gate import Gate
@@ -54,9 +54,15 @@ def make_spec(
     if features is not None:
         check_features(definition, features)
     middleware = value("middleware")
+    threads: list[ThreadCalls] = []
+
+    def on_threads(function: Callable[[Any], Any], count: int) -> ThreadCalls:
+        threads.append(ThreadCalls(function, count))
+        return threads[-1]
+
     handle: Any = bound.handle
     if middleware:
-        handle = compose(middleware, handle if bound.is_async else ThreadCalls(handle, value("concurrency")))
+        handle = compose(middleware, handle if bound.is_async else on_threads(handle, value("concurrency")))
     return PipelineSpec(
         name=definition.name,
         topics=definition.topics,
@@ -64,7 +70,7 @@ def make_spec(
         mode="async" if bound.is_async or middleware else "thread",
         handle=handle,
         decode=make_decoder(bound.payload_type),
-        encode=encode,
+        encode=encode if features is None else make_encoder(features.max_payload),
         rules=FailureRules(
             consumer=definition.name,
             group=group,
@@ -75,7 +81,7 @@ def make_spec(
         batchers={
             name: BatcherSpec(
                 name=name,
-                handle=function if is_async(function) else ThreadCalls(function, batching.concurrency),
+                handle=function if is_async(function) else on_threads(function, batching.concurrency),
                 size=batching.size,
                 timeout=batching.timeout,
                 key=batching.key,
@@ -94,6 +100,7 @@ def make_spec(
         gates=(*gates, *value("gates")),
         on_error=bound.on_error,
         on_failed=bound.on_failed,
+        threads=tuple(threads),  # evaluated last: the batchers above have added theirs
     )
 
 

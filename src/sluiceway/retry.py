@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from msgspec import Struct
@@ -45,8 +45,8 @@ def _check(name: str, value: Any, allowed: bool, what: str) -> None:
 
 
 def _number(value: Any, kind: type[int] | type[float], least: int) -> bool:
-    good = isinstance(value, (int, kind)) and not isinstance(value, bool) and value >= least
-    return good and (isinstance(value, int) or math.isfinite(value))
+    number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return number and least <= value <= sys.float_info.max
 
 
 def _exception_types(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,10 +22,6 @@ BROKERS: dict[str, tuple[Callable[[Path], Broker], bool]] = {  # and whether it 
 async def kit(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Kit]:
     """One broker, with one transport connected to it."""
     make, virtual = BROKERS[request.param]
-    if request.param == "sqlite" and not hasattr(
-        importlib.import_module("sluiceway.transports.sqlite"), "SQLiteTransport"
-    ):
-        pytest.skip("the SQLite transport is not written yet")
     loop = asyncio.get_running_loop()
     real = loop.external() if isinstance(loop, VirtualClockLoop) and not virtual else nullcontext()
     with real:

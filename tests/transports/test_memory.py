@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 from collections.abc import Iterator
 from itertools import count
 
@@ -69,12 +68,10 @@ def test_another_url_is_refused_and_the_error_says_what_is_allowed(url: str) -> 
         MemoryTransport.from_url(url)
 
 
-@pytest.mark.parametrize(
-    ("options", "text"), [({"lease": 0}, "lease must be more"), ({"max_payload": 0}, "max_payload must")]
-)
-def test_an_option_that_cannot_be_is_refused(options: dict[str, float], text: str) -> None:
-    with pytest.raises(OptionError, match=text):
-        MemoryTransport(**options)  # type: ignore[arg-type]
+@pytest.mark.parametrize("option", ["lease", "max_payload"])
+def test_an_option_that_cannot_be_is_refused(option: str) -> None:
+    with pytest.raises(OptionError, match=f"MemoryTransport: {option} must be .*, got 0"):
+        MemoryTransport(**{option: 0})  # type: ignore[arg-type]
 
 
 async def test_a_subscription_without_topics_is_refused(transport: MemoryTransport) -> None:
@@ -138,7 +135,6 @@ async def test_the_transport_counts_what_a_group_holds(transport: MemoryTranspor
     first, second = await subscribe(transport, "t"), await subscribe(transport, "t")
     await publish(transport, "t", *numbered(5))
     await first.receive(3)
-    await first.settle(await second.receive(0), [])
     messages = await second.receive(2)
     assert (transport.held("g"), transport.held("nobody")) == (5, 0)
     await second.settle(messages, [])
@@ -260,7 +256,7 @@ async def test_a_new_topic_of_a_known_group_gets_what_waits_there(transport: Mem
     other = await subscribe(transport, "b", group="other")
     await publish(transport, "b", b"theirs")
     source = await subscribe(transport, "b")
-    assert bodies(await drain(source)) == [b"theirs", b"unwanted"] or bodies(await drain(source)) == []
+    assert bodies(await drain(source)) == [b"unwanted", b"theirs"]
     assert bodies(await drain(other)) == [b"unwanted", b"theirs"]
 
 
@@ -305,15 +301,13 @@ async def test_removing_a_delayed_message_frees_its_key(transport: MemoryTranspo
 
 # -- whatever happens --------------------------------------------------------------------------------------------
 
-MOVES = st.sampled_from(
-    ["publish", "receive", "ack", "retry", "later", "uncounted", "release", "park", "wait", "expire"]
-)
+MOVES = ["publish", "receive", "ack", "retry", "later", "uncounted", "release", "park", "wait", "expire"]
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     ordered=st.booleans(),
-    moves=st.lists(st.tuples(MOVES, st.integers(0, 1), st.integers(0, 9)), max_size=80),
+    moves=st.lists(st.tuples(st.sampled_from(MOVES), st.integers(0, 1), st.integers(0, 9)), max_size=80),
 )
 def test_nothing_is_lost_or_doubled_whatever_two_sources_do(ordered: bool, moves: list[tuple[str, int, int]]) -> None:
     run(_play(ordered, moves))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from ..retry import Retry
 
 
 def retry_delay(retry: Retry, attempt: int, draw: float) -> float:
     """Seconds before the attempt after `attempt`; `draw` is a random number between 0 and 1."""
-    exponent = min(attempt - 1, 64)  # beyond it every multiplier over 1 is past max_delay
-    delay: float = min(retry.max_delay, retry.base_delay * retry.multiplier**exponent)
-    return delay * (1 - retry.jitter * draw)
+    try:
+        grown = retry.base_delay * float(retry.multiplier) ** (attempt - 1)
+    except OverflowError:  # far beyond every max_delay
+        grown = math.inf if retry.base_delay else 0.0
+    return min(retry.max_delay, grown) * (1 - retry.jitter * draw)
 
 
 def reconnect_delay(tries: int, draw: float, *, base: float = 0.05, cap: float = 5.0) -> float:

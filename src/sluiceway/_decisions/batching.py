@@ -18,9 +18,7 @@ class Forming:
     A batch's time starts when its first message arrives; it is due `timeout` seconds later.
     """
 
-    def __init__(
-        self, name: str, size: int, timeout: float, key: Callable[[Any], Hashable] | None = None
-    ) -> None:
+    def __init__(self, name: str, size: int, timeout: float, key: Callable[[Any], Hashable] | None = None) -> None:
         self.name = name
         self.key = key
         self.size = size

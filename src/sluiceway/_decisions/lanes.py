@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-from ..message import Message
+from ..message import QUEUED, Message
 
 
 class _Lane:
@@ -69,16 +69,17 @@ class Lanes:
         lane = self._lanes.get(message.key)
         if lane is None or lane.running is not message:
             return []
-        behind = list(lane.waiting)
-        self.waiting -= len(behind)
-        lane.waiting.clear()
-        lane.going_back.update((message, *behind))
+        behind = self._take_waiting(lane)
+        lane.going_back.add(message)
         return behind
 
     def take_waiting(self) -> list[Message[Any]]:
-        """All that wait, for a drain; their lanes hold only what runs."""
-        waiting = [message for lane in self._lanes.values() for message in lane.waiting]
-        for lane in self._lanes.values():
-            lane.waiting.clear()
-        self.waiting = 0
-        return waiting
+        """All that wait, to be handed back; until the broker has them their lanes are shut."""
+        return [message for lane in self._lanes.values() for message in self._take_waiting(lane)]
+
+    def _take_waiting(self, lane: _Lane) -> list[Message[Any]]:
+        taken = [message for message in lane.waiting if message.state == QUEUED]  # others lost their lease: they ended
+        self.waiting -= len(lane.waiting)
+        lane.waiting.clear()
+        lane.going_back.update(taken)
+        return taken

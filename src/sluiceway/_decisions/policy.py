@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -36,7 +36,7 @@ def settle_failure(
         return Settlement(message, "release", counted=False)
     if isinstance(error, RetryLater) and not error.counted:
         return Settlement(message, "retry", _later(message, error, rules, draw), counted=False)
-    hopeless = isinstance(error, (Reject, DecodeError)) or isinstance(error, rules.retry.never)
+    hopeless = isinstance(error, (Reject, DecodeError, *rules.retry.never))
     if hopeless or (message.attempt >= rules.retry.attempts and rules.exhausted != "retry"):
         return give_up(message, error, rules, now=now)
     return Settlement(message, "retry", _later(message, error, rules, draw), reason=reason_of(error))
@@ -82,18 +82,19 @@ def reason_of(error: BaseException) -> Reason:
     """What is kept of an error: type, text and traceback, at most 8 KiB in all, cut in the middle."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    text = _cut(_safe_str(error), MAX_REASON // 4)
-    if isinstance(error, Reject):
-        return Reason(name, text)
-    trace = "".join(traceback.format_exception(kind, error, error.__traceback__, limit=-20))
-    return Reason(_cut(name, 256), text, _cut(trace, MAX_REASON - MAX_REASON // 4 - 512))
+    trace = "" if isinstance(error, Reject) else _cut(_safely(_traceback, error), MAX_REASON - MAX_REASON // 4 - 512)
+    return Reason(_cut(name, 256), _cut(_safely(str, error), MAX_REASON // 4), trace)
 
 
-def _safe_str(error: BaseException) -> str:
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-20))
+
+
+def _safely(say: Callable[[BaseException], str], error: BaseException) -> str:
     try:
-        return str(error)
-    except Exception as other:  # a broken __str__ must not cost the message its dead letter
-        return f"<no text: str() of it raised {type(other).__name__}>"
+        return say(error)
+    except BaseException as other:  # whatever a broken __str__ raises, it must not cost the message its dead letter
+        return f"<no text: {type(error).__name__} raised {type(other).__name__} when asked for it>"
 
 
 def _cut(text: str, limit: int) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from ..errors import OptionError
+from ..message import check_topic
+
+__all__ = ["best_match", "check_topic", "dead_letter_topic", "is_dead_letter_topic", "is_pattern", "matches"]
 
 DEAD = "dead"
-_WORD = re.compile(r"[A-Za-z0-9_\-:/@+=~]+")
 
 
 def is_pattern(topic: str) -> bool:
@@ -27,21 +27,6 @@ def dead_letter_topic(topic: str, group: str) -> str:
     return f"{topic}.{group}.{DEAD}"
 
 
-def check_topic(topic: object, *, pattern: bool) -> str:
-    """Return `topic`, or raise OptionError that says what is wrong with it."""
-    if not isinstance(topic, str) or not topic:
-        raise OptionError(f"topic must be a non-empty string, got {topic!r}")
-    for word in topic.split("."):
-        if word in ("*", "#"):
-            if not pattern:
-                raise OptionError(f"topic {topic!r} is a pattern; a message is published to one topic")
-        elif not _WORD.fullmatch(word):
-            raise OptionError(
-                f"topic {topic!r} has the word {word!r}; words are letters, digits and any of _-:/@+=~, joined by dots"
-            )
-    return topic
-
-
 @lru_cache(maxsize=10_000)
 def matches(pattern: str, topic: str) -> bool:
     """Whether a message of `topic` belongs to a subscription of `pattern`."""
@@ -49,16 +34,16 @@ def matches(pattern: str, topic: str) -> bool:
         return True
     if not is_pattern(pattern) or is_dead_letter_topic(topic):
         return False
-    return _match(tuple(pattern.split(".")), tuple(topic.split(".")))
-
-
-def _match(pattern: tuple[str, ...], topic: tuple[str, ...]) -> bool:
-    if not pattern:
-        return not topic
-    head, rest = pattern[0], pattern[1:]
-    if head == "#":
-        return any(_match(rest, topic[skip:]) for skip in range(len(topic) + 1))
-    return bool(topic) and head in ("*", topic[0]) and _match(rest, topic[1:])
+    words = topic.split(".")
+    ends = {0}  # how many words of the topic the pattern's words so far can have taken
+    for word in pattern.split("."):
+        if word == "#":
+            ends = set(range(min(ends), len(words) + 1))
+        else:
+            ends = {end + 1 for end in ends if end < len(words) and word in ("*", words[end])}
+        if not ends:
+            return False
+    return len(words) in ends
 
 
 def best_match(patterns: Iterable[str], topic: str) -> str | None:

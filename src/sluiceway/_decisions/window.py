@@ -45,8 +45,10 @@ class Window:
             return
         elapsed, done = now - self._since, finished - self._finished
         if elapsed <= 0 or done <= 0 or (not starved and elapsed < MEASURE_AFTER):
+            if starved and done <= 0:
+                self._since = now  # nothing to do is no slow work
             return
-        target = int(done / elapsed * self.horizon)
+        target = int(min(done / elapsed * self.horizon, self.ceiling))
         if starved:
             target = max(self._size, min(target, 2 * self._size))
         self._size = max(self.floor, min(self.ceiling, target))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Coroutine, Hashable
 from typing import Any
 
 from .._decisions.batching import Change, Emitted, Forming, Trigger
@@ -17,11 +16,25 @@ from .settler import PipelineSettler
 from .spec import BatcherSpec, PipelineSpec
 
 
+class _Run:
+    """What one batch processor is doing."""
+
+    __slots__ = ("cancelled_for", "messages", "task", "timer")
+
+    def __init__(self) -> None:
+        self.messages: list[Message[Any]] = []
+        self.task: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.cancelled_for: str | None = None
+
+
 class Batcher:
     """One batcher and its batch processors.
 
     A batch is emitted by size, time, flush, drain or starvation into a queue from which up to `concurrency` batch
-    processors take; they are tasks that start when there is work and end when there is none.
+    processors take; they are tasks that start when there is work and end when there is none. A batch handler that runs
+    over `timeout` is cancelled; one that ignores that for as long again is abandoned: its messages fail, and another
+    takes its place.
     """
 
     def __init__(
@@ -35,14 +48,17 @@ class Batcher:
         self.forming = Forming(batcher.name, batcher.size, batcher.timeout, batcher.key)
         self.queue: deque[Emitted] = deque()
         self.on_idle: Callable[[], None] = _nothing
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.on_crash: Callable[[BaseException], None] = _raise
+        self._runs: set[_Run] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # of the runs, of those abandoned, and of what these failed
+        self._failing: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
     @property
     def busy(self) -> bool:
         """Whether a batch runs or waits to run."""
-        return bool(self._tasks)
+        return bool(self._runs or self.queue or self._failing)
 
     def changed(self, key: Hashable, change: Change) -> None:
         """A message opened a batch, or made it full."""
@@ -64,10 +80,10 @@ class Batcher:
 
     def cancel(self) -> int:
         """Cut off what runs; returns how many batches. Their messages are released."""
-        running = [task for task in self._tasks if not task.done()]
-        for task in running:
-            task.cancel("shutdown")
-        return len(running)
+        runs = list(self._runs)
+        for run in runs:
+            self._cancel(run, "shutdown")
+        return len(runs)
 
     def take_unstarted(self) -> list[Message[Any]]:
         """Take back every message whose batch handler was not entered."""
@@ -75,21 +91,37 @@ class Batcher:
         self.queue.clear()
         return [message for messages, _ in emitted for message in messages]
 
-    def close(self) -> None:
+    def close(self) -> Collection[asyncio.Task[None]]:
+        """Cancel all; returns what has yet to end."""
+        self.queue.clear()
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
             task.cancel()
+        return list(self._tasks)
 
     def _emit(self, emitted: Emitted) -> None:
         self.queue.append(emitted)
-        if len(self._tasks) < self.batcher.concurrency:
-            task = self._loop.create_task(self._work(), name=f"{self.spec.name}: batcher {self.batcher.name}")
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
+        self._start()
+
+    def _start(self) -> None:
+        if self.queue and len(self._runs) < self.batcher.concurrency:
+            run = _Run()
+            self._runs.add(run)
+            run.task = self._watch(self._work(run), f"batcher {self.batcher.name}")
+
+    def _watch(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        task = self._loop.create_task(work, name=f"{self.spec.name}: {what}")
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._failing.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.on_crash(error)
         self.on_idle()
 
     def _set_timer(self, due: float) -> None:
@@ -105,47 +137,86 @@ class Batcher:
         if due is not None:
             self._set_timer(due)
 
-    async def _work(self) -> None:
-        while self.queue:
-            messages, info = self.queue.popleft()
-            batch: Batch[Any] = Batch(messages, info)
-            started = time.monotonic()
-            error = await self._handle(batch)
-            failed = self.settler.ack_batch(messages, error)
-            if self.telemetry.wants(BatchFinished):
-                seconds = time.monotonic() - started
-                self.telemetry.emit(
-                    BatchFinished(consumer=self.spec.name, info=info, seconds=seconds, failed=len(failed))
-                )
-            if failed:
-                await self.failures.failed(failed)
-
-    async def _handle(self, batch: Batch[Any]) -> BaseException | None:
-        """Run the batch handler; returns what fails the whole batch."""
+    async def _work(self, run: _Run) -> None:
         try:
-            async with asyncio.timeout(self.spec.timeout) as limit:
-                await self.batcher.handle(batch)
-        except TimeoutError as error:
-            if limit.expired():
-                return HandlerTimeout(f"{self.spec.name}: a batch of {len(batch)} ran over {self.spec.timeout} s")
-            return error
+            while self.queue:
+                messages, info = self.queue.popleft()
+                started = self._loop.time()
+                run.messages = messages
+                error = await self._handle(run, Batch(messages, info))
+                if run not in self._runs:
+                    return  # it was abandoned, its messages are settled and another has its place
+                failed = self.settler.ack_batch(messages, error)
+                if self.telemetry.wants(BatchFinished):
+                    seconds = self._loop.time() - started
+                    self.telemetry.emit(
+                        BatchFinished(consumer=self.spec.name, info=info, seconds=seconds, failed=len(failed))
+                    )
+                if failed:
+                    await self.failures.failed(failed)
+        finally:
+            self._runs.discard(
+                run
+            )  # now, not when the task's callbacks run: what is emitted until then needs a new one
+
+    async def _handle(self, run: _Run, batch: Batch[Any]) -> BaseException | None:
+        """Run the batch handler; returns what fails the whole batch."""
+        self._set_limit(run)
+        try:
+            await self.batcher.handle(batch)
         except asyncio.CancelledError as error:
-            return self._why_cancelled(error)
+            return self._why_cancelled(run, error)
         except GeneratorExit:
             raise
         except BaseException as error:
             return error
+        finally:
+            if run.timer is not None:
+                run.timer.cancel()
+        self._forget_cancel(run)  # it swallowed one and returned
         return None
 
-    def _why_cancelled(self, error: asyncio.CancelledError) -> BaseException:
-        task = asyncio.current_task()
-        assert task is not None
-        if not task.cancelling():
+    def _set_limit(self, run: _Run) -> None:
+        if self.spec.timeout is not None:
+            run.timer = self._loop.call_later(self.spec.timeout, self._over_time, run)
+
+    def _over_time(self, run: _Run) -> None:
+        if run.cancelled_for is None:
+            self._cancel(run, "timeout")
+            self._set_limit(run)
+            return
+        self._runs.discard(run)
+        error = HandlerTimeout(
+            f"{self.spec.name}: a batch of {len(run.messages)} ran over {self.spec.timeout} s and ignored its cancellation"
+        )
+        failed = self.settler.ack_batch(run.messages, error)
+        self._failing.add(self._watch(self.failures.failed(failed), "what an abandoned batch failed"))
+        self._start()
+
+    def _cancel(self, run: _Run, reason: str) -> None:
+        assert run.task is not None
+        run.cancelled_for = reason
+        run.task.cancel()
+
+    def _forget_cancel(self, run: _Run) -> None:
+        if run.cancelled_for is not None and run.task is not None:
+            run.cancelled_for = None
+            while run.task.cancelling():
+                run.task.uncancel()
+
+    def _why_cancelled(self, run: _Run, error: asyncio.CancelledError) -> BaseException:
+        assert run.task is not None
+        reason = run.cancelled_for
+        if not run.task.cancelling():
             return error  # a handler's own inner task was cancelled: the batch failed
-        if error.args == ("shutdown",):
-            task.uncancel()
-            return Release("shutdown")
-        raise error
+        if reason is None or run not in self._runs:
+            raise error
+        if reason == "shutdown" and any(calls.holds(run.messages[0]) for calls in self.spec.threads):
+            raise error  # a thread runs on with it: it stays unsettled
+        self._forget_cancel(run)
+        if reason == "timeout":
+            return HandlerTimeout(f"{self.spec.name}: a batch of {len(run.messages)} ran over {self.spec.timeout} s")
+        return Release("shutdown")
 
 
 class Batchers:
@@ -199,16 +270,24 @@ class Batchers:
         for batcher in self.by_name.values():
             batcher.on_idle = call
 
+    def on_crash(self, call: Callable[[BaseException], None]) -> None:
+        for batcher in self.by_name.values():
+            batcher.on_crash = call
+
     def cancel(self) -> int:
         return sum(batcher.cancel() for batcher in self.by_name.values())
 
     def take_unstarted(self) -> list[Message[Any]]:
         return [message for batcher in self.by_name.values() for message in batcher.take_unstarted()]
 
-    def close(self) -> None:
-        for batcher in self.by_name.values():
-            batcher.close()
+    def close(self) -> Collection[asyncio.Task[None]]:
+        """Cancel all; returns what has yet to end."""
+        return [task for batcher in self.by_name.values() for task in batcher.close()]
 
 
 def _nothing() -> None:
     pass
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -35,6 +35,7 @@ class Failures:
         for message in messages:
             if message.state >= SETTLING:
                 self._late(message)
+                self.settler.handler_ended(message)
             else:
                 settlements.append(await self._decide(message, _error(message)))
         dead = [one.message for one in settlements if one.outcome == "dead_letter"]
@@ -74,12 +75,15 @@ class Failures:
             return None
         except Directive as directive:
             return directive
-        except Exception:
+        except (KeyboardInterrupt, SystemExit) as error:
+            self.on_exit(error)
+            return Release("handle_error exits the app")
+        except BaseException:
             log.exception(
                 "%s: handle_error raised for message %s; the retry policy decides", self.spec.name, message.id
             )
             return None
-        if choice is None or choice == "ack" or isinstance(choice, Directive):
+        if choice is None or (isinstance(choice, str) and choice == "ack") or isinstance(choice, Directive):
             decided: ErrorChoice = choice
             return decided
         wrong = OptionError(f'handle_error must return "ack", Reject, RetryLater, Release or None, got {choice!r}')
@@ -94,10 +98,14 @@ class Failures:
                 await result
         except asyncio.CancelledError:
             return
-        except Exception:
+        except (KeyboardInterrupt, SystemExit) as error:
+            self.on_exit(error)
+        except BaseException:
             log.exception("%s: handle_failed raised; its %d messages end as decided", self.spec.name, len(dead))
 
     def _late(self, message: Message[Any]) -> None:
+        if isinstance(message.error, Directive):
+            return  # a drain cut its handler off, or it said itself how it should end: too late, but no error
         log.error(
             "%s: message %s of %r failed after it was settled; it stays settled",
             self.spec.name, message.id, message.topic, exc_info=_error(message),

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import time
-from collections.abc import Callable
-from typing import Any
-
-from msgspec import Struct
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal
 
 from .._decisions.window import Window
 from ..message import RUNNING, Message, Settlement
 from ..source import Source
 from ..telemetry import PipelineStopped, Telemetry
 from .batchers import Batchers
+from .drain import Drain, Drained
 from .failures import Failures
 from .intake import Intake
 from .leases import LeaseKeeper
@@ -28,16 +25,7 @@ from .threads import ThreadProcessors
 
 log = logging.getLogger("sluiceway")
 
-CLOSE_TIMEOUT = 5.0  # seconds to hand the last settles over when the time to drain is up
-
-
-class Drained(Struct, frozen=True):
-    """How a drain went: `released` went back unstarted, `cancelled` were cut off, `unsettled` stayed with the broker."""
-
-    seconds: float
-    released: int
-    cancelled: int
-    unsettled: int
+CLOSE_TIMEOUT = 2.0  # seconds that cancelled handlers have to clean up before the source is closed
 
 
 class Flow:
@@ -64,9 +52,10 @@ class Flow:
         self._quarantine.take_unstarted = self._take_unstarted
         self.intake.quarantine = self._quarantine
         self.intake.release_unstarted = lambda: self._release(self._take_unstarted())
-        self._changed = asyncio.Event()
+        self._drain = Drain(spec.name, self.intake, self.processors, self.batchers, self.settler, self._take_unstarted)
         self.settler.on_freed = self.processors.on_idle = self._poked
         self.batchers.on_idle(self._poked)
+        self.batchers.on_crash(self._crashed)
         self.lanes: LaneKeeper | None = None
         if spec.ordered:
             self.lanes = LaneKeeper(self.processors, self.settler, batched=bool(spec.batchers))
@@ -74,7 +63,7 @@ class Flow:
             self.intake.waiting_in_lanes = lambda: self.lanes.waiting if self.lanes is not None else 0
         self.leases = LeaseKeeper(spec.name, source, self.settler)
         self._stop = asyncio.Event()
-        self._deadline: asyncio.Timeout | None = None
+        self._crash: Exception | None = None
 
     def stop(self) -> None:
         """Begin the drain. Idempotent."""
@@ -82,88 +71,53 @@ class Flow:
 
     def hurry(self) -> None:
         """Cut the drain short, as if its time were up. Idempotent; does nothing before the drain."""
-        if self._deadline is not None:
-            self._deadline.reschedule(asyncio.get_running_loop().time())
+        self._drain.hurry()
 
     async def run(self, shutdown_timeout: Callable[[], float]) -> Drained:
         """Move messages until `stop()`, then drain within `shutdown_timeout()` seconds and close the source.
 
-        Raises what a stage raised. Whatever happens, the source is closed, so that what is unsettled goes back.
+        Raises what a stage raised, after a drain: what runs then ends, and is settled if the source still can. Whatever
+        happens, the source is closed, so that what is unsettled goes back.
         """
         self.leases.start()
         sending = asyncio.create_task(self.settler.run(), name=f"{self.spec.name}: settler")
         receiving = asyncio.create_task(self.intake.run(), name=f"{self.spec.name}: intake")
         stopping = asyncio.create_task(self._stop.wait())
         try:
-            done, _ = await asyncio.wait((sending, receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if stopping in done:
-                return await self._drain(receiving, sending, shutdown_timeout())
-            for task in done:
-                task.result()  # raises what crashed the stage
-            raise RuntimeError(f"{self.spec.name}: a stage ended by itself")
+            await asyncio.wait((sending, receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not stopping.done():
+                self._crashed(self._why_ended(sending if sending.done() else receiving))
+            drained = await self._drain.run(receiving, sending, shutdown_timeout())
+            if receiving.done() and self._crash is None and (receiving.cancelled() or receiving.exception()):
+                log.warning("%s: receiving failed in the drain: %s", self.spec.name, self._why_ended(receiving))
         finally:
-            await self._close(sending, receiving, stopping)
-
-    async def _drain(self, receiving: asyncio.Task[None], sending: asyncio.Task[None], seconds: float) -> Drained:
-        """Stop demand, release what has not started, wait for what runs, emit and wait for batches, flush settles."""
-        started = time.monotonic()
-        cancelled = released = 0
-        self.intake.stop()
-        try:
-            async with asyncio.timeout(seconds) as self._deadline:
-                while not receiving.done():
-                    released += self._release(self._take_unstarted())
-                    await self._change(receiving, sending)
-                released += self._release(self._take_unstarted())
-                while self.processors.running or self.processors.unstarted:
-                    await self._change(sending)
-                self.batchers.emit_all("drain")
-                while self.batchers.busy:
-                    await self._change(sending)
-                await self.settler.drained()
-        except TimeoutError:
-            self._deadline = None
-            cancelled = await self._cut_off(sending)
-        self._deadline = None
-        result = Drained(time.monotonic() - started, released, cancelled, len(self.settler.held))
+            await uncancelled(self._close(sending, receiving, stopping))
+        if self._crash is not None:
+            raise self._crash
         if self.telemetry.wants(PipelineStopped):
             event = PipelineStopped(
-                consumer=self.spec.name, seconds=result.seconds, released=released, cancelled=cancelled
+                consumer=self.spec.name, seconds=drained.seconds, released=drained.released, cancelled=drained.cancelled
             )
             self.telemetry.emit(event)
-        return result
+        return drained
 
-    async def _cut_off(self, sending: asyncio.Task[None]) -> int:
-        """The time to drain is up: cancel and release what runs or waits in a batch, and send the last settles."""
-        cancelled = self.processors.cancel() + self.batchers.cancel()
-        log.warning("%s: the time to drain is up; %d handlers are cancelled", self.spec.name, cancelled)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                while cancelled and (self.processors.running or self.batchers.busy):
-                    await self._change(sending)
-        self._release(self._take_unstarted() + self.batchers.take_unstarted())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self.settler.drained()
-        return cancelled
+    def _crashed(self, error: BaseException) -> None:
+        """A stage crashed: drain what is in hand; then the supervisor starts anew."""
+        if self._crash is None:
+            self._crash = RuntimeError(f"a stage raised {error!r}") if not isinstance(error, Exception) else error
+            self._crash.__cause__ = self._crash.__cause__ or (error if error is not self._crash else None)
+        self._stop.set()
 
-    async def _change(self, *watched: asyncio.Task[None]) -> None:
-        """Wait until something ends; raises what crashed a watched stage."""
-        self._changed.clear()
-        change = asyncio.create_task(self._changed.wait())
-        try:
-            await asyncio.wait((change, *watched), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            change.cancel()
-        for task in watched:
-            if task.done():
-                task.result()
+    def _why_ended(self, stage: asyncio.Task[None]) -> BaseException:
+        if stage.cancelled():
+            return RuntimeError(f"{stage.get_name()}: something that it awaited was cancelled")
+        return stage.exception() or RuntimeError(f"{stage.get_name()} ended by itself")
 
     def _poked(self) -> None:
         """A settle returned, a processor ran dry, a batch ended: whoever waits for that looks again."""
         self.intake.poke()
         self._quarantine.poke()
-        self._changed.set()
+        self._drain.poke()
 
     def _release(self, messages: list[Message[Any]]) -> int:
         for message in messages:
@@ -174,22 +128,42 @@ class Flow:
         unstarted = self.processors.take_unstarted()
         return unstarted if self.lanes is None else [*unstarted, *self.lanes.take_waiting()]
 
-    async def _close(self, *tasks: asyncio.Task[Any]) -> None:
-        self.processors.close()
-        self.batchers.close()
-        for task in tasks:
+    async def _close(self, *stages: asyncio.Task[None] | asyncio.Task[Literal[True]]) -> None:
+        ending: set[asyncio.Task[Any]] = {*self.processors.close(), *self.batchers.close(), *stages}
+        for task in stages:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self.settler.close()
+        _, left = await asyncio.wait(ending, timeout=CLOSE_TIMEOUT)
+        if left:
+            log.warning("%s: %d handlers ignore their cancellation; they run on", self.spec.name, len(left))
         await self.leases.stop()
-        on_threads = [message for message in self.settler.held if message.state == RUNNING]
-        await self.source.aclose(keep=on_threads if self.spec.mode == "thread" else ())
+        try:
+            await self.source.aclose(keep=[message for message in self.settler.held if self._on_thread(message)])
+        except Exception:
+            log.exception("%s: closing the source failed; the broker hands out again what it held", self.spec.name)
+
+    def _on_thread(self, message: Message[Any]) -> bool:
+        """Whether a thread runs the message's handler or batch handler: it cannot be cut off, so nobody else may."""
+        if self.spec.mode == "thread" and message.state == RUNNING:
+            return True
+        return any(calls.holds(message) for calls in self.spec.threads)
 
     def _make_processors(self) -> Processors:
-        if self.spec.mode == "async":
-            return AsyncProcessors(self.spec, self.settler, self.batchers, self.failures)
-        threads = ThreadProcessors(self.spec, self.settler, self.batchers, self.failures)
-        threads.on_exhausted = self._exhausted
-        return threads
+        made = AsyncProcessors if self.spec.mode == "async" else ThreadProcessors
+        processors: Processors = made(self.spec, self.settler, self.batchers, self.failures)
+        processors.on_exhausted = self._exhausted
+        processors.on_crash = self._crashed
+        processors.still_on_thread = self._on_thread
+        for calls in self.spec.threads:
+            calls.on_abandoned = self._thread_abandoned
+        return processors
+
+    def _thread_abandoned(self) -> None:
+        if (
+            not self._stop.is_set()
+            and sum(len(calls.abandoned) for calls in self.spec.threads) >= self.spec.concurrency
+        ):
+            self._exhausted()
 
     def _exhausted(self) -> None:
         self._exit(
@@ -201,6 +175,20 @@ class Flow:
 
     def _exit(self, error: BaseException) -> None:
         self.on_exit(error)
+
+
+async def uncancelled(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` to its end also when cancelled meanwhile, however often; only then be cancelled."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 def _raise(error: BaseException) -> None:

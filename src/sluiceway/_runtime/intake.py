@@ -21,6 +21,8 @@ from .spec import PipelineSpec
 
 log = logging.getLogger("sluiceway.intake")
 
+EMPTY = 0.001  # seconds to wait after a receive of nothing: a source may return at once, again and again
+
 _body = attrgetter("body")
 _suspect = attrgetter("suspect")
 
@@ -89,6 +91,8 @@ class Intake:
             self.asking = 0
             if messages:
                 await self._admit(messages, demand)
+            elif not self.stopping:
+                await asyncio.sleep(EMPTY)
 
     def stop(self) -> None:
         """Ask for nothing more; a receive that waits returns. Idempotent."""

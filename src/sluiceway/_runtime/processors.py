@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from ..errors import DecodeError, HandlerTimeout, Release
@@ -15,6 +15,7 @@ from .settler import PipelineSettler
 from .spec import PipelineSpec
 
 RUN = 64  # messages that a processor takes before it lets the loop turn: heartbeats and timers live, and runs amortise
+NEARLY = 1 - 1e-6  # sums of floats
 SWEEPS = 20  # how often per `timeout` the sweep looks; a timeout is late by at most this share of it
 
 
@@ -23,6 +24,9 @@ class Processors(Protocol):
 
     on_idle: Callable[[], None]
     on_finished: Callable[[Message[Any]], None] | None
+    on_crash: Callable[[BaseException], None]
+    on_exhausted: Callable[[], None]
+    still_on_thread: Callable[[Message[Any]], bool]
 
     @property
     def unstarted(self) -> int:
@@ -45,20 +49,23 @@ class Processors(Protocol):
         """Cut off what runs, where that can be done; returns how many."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> Collection[asyncio.Task[None]]:
+        """Cancel all; returns what has yet to end."""
+        ...
 
 
 class Slot:
     """What one processor is doing."""
 
-    __slots__ = ("cancelled_for", "message", "seen", "since", "task")
+    __slots__ = ("cancelled", "cancelled_for", "message", "seen", "since", "task")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
         self.message: Message[Any] | None = None
         self.seen: Message[Any] | None = None  # what the last sweep saw here
         self.since = 0.0  # since when, on the loop's clock
-        self.cancelled_for: str | None = None
+        self.cancelled_for: str | None = None  # why we cancelled the task
+        self.cancelled: Message[Any] | None = None  # what it ran then
 
 
 class AsyncProcessors:
@@ -76,8 +83,12 @@ class AsyncProcessors:
         self.failures = failures
         self.on_idle: Callable[[], None] = _nothing
         self.on_finished: Callable[[Message[Any]], None] | None = None  # a handler returned and did not fail
+        self.on_crash: Callable[[BaseException], None] = _raise
+        self.on_exhausted: Callable[[], None] = _nothing
+        self.still_on_thread: Callable[[Message[Any]], bool] = _no
         self._handle: Handler = spec.handle
-        self._abandoned: set[Slot] = set()
+        self._abandoned: set[Slot] = set()  # until their handlers end, if ever
+        self._failing: set[asyncio.Task[None]] = set()
         self._ready: deque[Message[Any]] = deque()
         self._sleepers: list[asyncio.Future[None]] = []
         self._slots: set[Slot] = set()
@@ -92,7 +103,7 @@ class AsyncProcessors:
 
     @property
     def running(self) -> int:
-        return len(self._slots) - len(self._sleepers)
+        return len(self._slots) - len(self._sleepers) + len(self._failing)
 
     @property
     def idle(self) -> bool:
@@ -114,12 +125,15 @@ class AsyncProcessors:
             self._cancel(slot, "shutdown")
         return len(running)
 
-    def close(self) -> None:
+    def close(self) -> Collection[asyncio.Task[None]]:
         if self._sweep is not None:
             self._sweep.cancel()
-        for slot in self._slots:
-            if slot.task is not None:
-                slot.task.cancel()
+        tasks = {slot.task for slot in (*self._slots, *self._abandoned) if slot.task is not None} | self._failing
+        for task in tasks:
+            task.cancel()
+        self._ready.clear()
+        self._slots.clear()  # a handler that swallows this cancellation is the last that its processor runs
+        return tasks
 
     def _wake_one(self) -> None:
         while self._sleepers:
@@ -134,7 +148,18 @@ class AsyncProcessors:
         slot = Slot()
         self._slots.add(slot)
         slot.task = self._loop.create_task(self._work(slot), name=f"{self.spec.name}: processor {len(self._slots)}")
-        slot.task.add_done_callback(lambda task: self._slots.discard(slot))
+        slot.task.add_done_callback(lambda task: self._ended(slot, task))
+
+    def _ended(self, slot: Slot, task: asyncio.Task[None]) -> None:
+        self._slots.discard(slot)
+        self._abandoned.discard(slot)
+        self._look_for_crash(task)
+
+    def _look_for_crash(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.on_crash(error)
+        self.on_idle()
 
     async def _sleep(self) -> None:
         sleeper = self._loop.create_future()
@@ -142,9 +167,10 @@ class AsyncProcessors:
         self.on_idle()
         try:
             await sleeper
-        finally:
-            if sleeper.cancelled():
+        except asyncio.CancelledError:
+            if sleeper in self._sleepers:
                 self._sleepers.remove(sleeper)
+            raise
 
     async def _work(self, slot: Slot) -> None:
         ready, settler, handle, decode = self._ready, self.settler, self._handle, self.spec.decode
@@ -191,10 +217,14 @@ class AsyncProcessors:
                             settler.schedule()
                     if finished is not None:
                         finished(message)
+                else:
+                    settler.handler_ended(message)
             except BaseException as error:
                 await self._failed(slot, message, error)
 
     async def _failed(self, slot: Slot, message: Message[Any], error: BaseException) -> None:
+        if slot not in self._slots:
+            raise asyncio.CancelledError  # it was abandoned, and its message settled
         if isinstance(error, asyncio.CancelledError):
             error = self._why_cancelled(slot, message, error)
         if isinstance(error, GeneratorExit):
@@ -208,16 +238,18 @@ class AsyncProcessors:
         if not task.cancelling():
             return error  # an inner task of the handler was cancelled: the message failed
         reason, slot.cancelled_for = slot.cancelled_for, None
-        if reason is None:
+        if reason is None or (reason == "shutdown" and self.still_on_thread(message)):
             raise error
         task.uncancel()
+        if slot.cancelled is not message:
+            return error  # an earlier handler had swallowed that; now an inner task was cancelled
         if reason == "timeout":
             return HandlerTimeout(f"{self.spec.name}: message {message.id} ran over {self.spec.timeout} s")
         return Release("shutdown")
 
     def _cancel(self, slot: Slot, reason: str) -> None:
         assert slot.task is not None
-        slot.cancelled_for = reason
+        slot.cancelled_for, slot.cancelled = reason, slot.message
         slot.task.cancel()
 
     def _sweep_slots(self, timeout: float) -> None:
@@ -227,7 +259,7 @@ class AsyncProcessors:
             if slot.message is not slot.seen:
                 slot.seen, slot.since = slot.message, now
                 self._forget_cancel(slot)
-            elif slot.message is not None and now - slot.since >= timeout * (1 - 1 / SWEEPS):
+            elif slot.message is not None and now - slot.since >= timeout * NEARLY:
                 if slot.cancelled_for is None:
                     self._cancel(slot, "timeout")
                     slot.since = now
@@ -250,9 +282,17 @@ class AsyncProcessors:
         message.error = HandlerTimeout(
             f"{self.spec.name}: message {message.id} ran over {timeout} s and ignored its cancellation"
         )
-        self._loop.create_task(self.failures.failed((message,)))
+        task = self._loop.create_task(self.failures.failed((message,)))
+        self._failing.add(task)
+        task.add_done_callback(self._failing_ended)
         if self._ready:
             self._wake_one()
+        if len(self._abandoned) >= self.spec.concurrency:
+            self.on_exhausted()
+
+    def _failing_ended(self, task: asyncio.Task[None]) -> None:
+        self._failing.discard(task)
+        self._look_for_crash(task)
 
 
 def decoder(decode: Callable[[bytes], Any], what: str) -> Callable[[bytes], Any]:
@@ -269,3 +309,11 @@ def decoder(decode: Callable[[bytes], Any], what: str) -> Callable[[bytes], Any]
 
 def _nothing() -> None:
     pass
+
+
+def _no(message: Message[Any]) -> bool:
+    return False
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .._decisions.backoff import reconnect_delay
-from ..errors import LeaseLost, RoutingError
+from ..errors import AppError, LeaseLost, RoutingError
 from ..message import QUEUED, SETTLED, SETTLING, Message, Refused, Settlement
 from ..source import Source
 from ..telemetry import Settled, SettleRefused, Telemetry
@@ -33,17 +33,19 @@ class PipelineSettler:
         self.acks: list[Message[Any]] = []
         self.scheduled = False
         self.finished = 0  # deliveries that ended, in all
-        self.trouble: str | None = None  # why the broker takes no settles at present
         self.stuck: list[Settlement] = []  # what the broker rejected; while there is one, demand stops
         self.on_freed: Callable[[], None] = _nothing
         self.on_settlement: Callable[[Settlement], None] | None = None  # for lanes: a delivery is about to end so
         self.on_ended: Callable[[Sequence[Message[Any]]], None] | None = None  # for lanes: these have ended
         self._others: list[Settlement] = []
+        self._try_stuck = False
+        self._stuck_timer: asyncio.TimerHandle | None = None
+        self._troubles: dict[str, str] = {}  # by what cannot be sent: why
+        self._early: set[Message[Any]] = set()  # settled by `message.ack()` while their handler runs on
         self._sending = 0
         self._waiters: dict[Message[Any], asyncio.Future[None]] = {}
         self._ack_wake = asyncio.Event()
         self._other_wake = asyncio.Event()
-        self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     # -- what processors call ------------------------------------------------------------------------------------
@@ -67,14 +69,16 @@ class PipelineSettler:
         acks = self.acks
         for message in messages:
             if error is None and message.error is None:
-                if message.state < SETTLING:
-                    if message.outputs:
-                        self.ack(message)
-                    else:
-                        message.state = SETTLING
-                        acks.append(message)
+                if message.state >= SETTLING:
+                    self.handler_ended(message)
+                elif message.outputs:
+                    self.ack(message)
+                else:
+                    message.state = SETTLING
+                    acks.append(message)
             else:
-                message.error = message.error or error
+                if message.error is None:
+                    message.error = error
                 failed.append(message)
         if acks and not self.scheduled:
             self.schedule()
@@ -97,9 +101,21 @@ class PipelineSettler:
             self.schedule()
 
     async def settle_now(self, message: Message[Any]) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise AppError(
+                f"{self.spec.name}: message.ack() works in the pipeline's own loop: in an `async def` handler"
+            )
         waiter = self._waiters[message] = self._loop.create_future()
+        self._early.add(message)
         self.ack(message)
         await waiter
+
+    def handler_ended(self, message: Message[Any]) -> None:
+        """The handler of a message that was settled before has ended: only now may the next one of its key start."""
+        if message in self._early:
+            self._early.discard(message)
+            if message.state == SETTLED and self.on_ended is not None:
+                self.on_ended((message,))
 
     def encode(self, payload: Any) -> bytes:
         return self.spec.encode(payload)
@@ -130,16 +146,19 @@ class PipelineSettler:
             group.create_task(self._send_others(), name=f"{self.spec.name}: settlements")
 
     @property
+    def trouble(self) -> str | None:
+        """Why the broker does not take some settlements at present; None when it takes all."""
+        return next(iter(self._troubles.values()), None)
+
+    def close(self) -> None:
+        """Try what the broker rejected no more."""
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+
+    @property
     def unsent(self) -> int:
         """Settlements that the broker does not have yet, but for those it rejects."""
         return len(self.acks) + len(self._others) + self._sending
-
-    async def drained(self) -> None:
-        """Return when everything handed in was sent and the broker has it."""
-        while self.unsent:
-            self._idle.clear()
-            await self._idle.wait()
-        await self.source.flush()
 
     def _wake(self) -> None:
         self.scheduled = False
@@ -154,7 +173,12 @@ class PipelineSettler:
             self._ack_wake.clear()
             if self.acks:
                 batch, self.acks = self.acks, []
-                self._ended(batch, await self._insist(batch, ()))
+                refused = await self._insist("acks", batch, ())
+                rejected = _rejected(refused)
+                if rejected:
+                    self._keep([Settlement(message, "ack") for message in batch if id(message) in rejected])
+                    batch = [message for message in batch if id(message) not in rejected]
+                self._ended(batch, refused)
                 if self.telemetry.wants(Settled):
                     self.telemetry.emit(Settled(consumer=self.spec.name, outcome="ack", count=len(batch)))
                 if self.acks:
@@ -164,36 +188,42 @@ class PipelineSettler:
         while True:
             await self._other_wake.wait()
             self._other_wake.clear()
-            if self._others:
-                batch, self._others = self._others, []
-                refused = await self._insist((), batch)
-                rejected = {id(one.message) for one in refused if one.kind == "rejected"}
-                self._ended([one.message for one in batch if id(one.message) not in rejected], refused)
-                if rejected:
-                    self._keep([one for one in batch if id(one.message) in rejected])
+            again, self._try_stuck = self._try_stuck, False
+            batch, self._others = [*self._others, *(self.stuck if again else ())], []
+            if batch:
+                refused = await self._insist("settlements", (), batch)
+                rejected = _rejected(refused)
+                if again:
+                    self.stuck.clear()
+                self._keep([one for one in batch if id(one.message) in rejected])
+                batch = [one for one in batch if id(one.message) not in rejected]
+                self._ended([one.message for one in batch], refused)
                 self._tell(batch)
                 if self._others:
                     self._other_wake.set()
 
-    async def _insist(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
+    async def _insist(self, what: str, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
         """Settle, again and again while it raises."""
         tries = 0
-        self._sending += len(acks) + len(others)
+        count = len(acks) + len(others)
+        self._sending += count
         try:
             while True:
                 try:
                     refused = await self.source.settle(acks, others)
-                except Exception as error:
+                except (Exception, asyncio.CancelledError) as error:
+                    if _cancelled_from_outside(error):
+                        raise
                     delay = reconnect_delay(tries, random.random())
                     tries += 1
-                    self.trouble = f"settling {len(acks) + len(others)} messages failed: {error}"
-                    log.warning("%s: %s; trying again in %.2f s", self.spec.name, self.trouble, delay)
+                    text = self._troubles[what] = f"settling {count} messages failed: {type(error).__name__}: {error}"
+                    log.warning("%s: %s; trying again in %.2f s", self.spec.name, text, delay)
                     await asyncio.sleep(delay)
                 else:
-                    self.trouble = None
+                    self._troubles.pop(what, None)
                     return refused
         finally:
-            self._sending -= len(acks) + len(others)
+            self._sending -= count
 
     def _ended(self, messages: list[Message[Any]], refused: Sequence[Refused]) -> None:
         for message in messages:
@@ -205,8 +235,7 @@ class PipelineSettler:
         if self._waiters:
             self._answer(messages, {id(one.message) for one in refused})
         if self.on_ended is not None:
-            self.on_ended(messages)
-        self._idle.set()
+            self.on_ended([one for one in messages if one not in self._early] if self._early else messages)
         self.on_freed()
 
     def _answer(self, messages: list[Message[Any]], refused: set[int]) -> None:
@@ -226,12 +255,12 @@ class PipelineSettler:
             if one.kind == "lost"
             else "it stays unsettled and demand stops until the broker takes it"
         )
+        if one.kind == "rejected":
+            self._troubles["rejected"] = f"the broker rejected what belongs to message {message.id}: {one.detail}"
         log.warning(
             "%s: the broker refused to settle message %s of %r%s; %s",
             self.spec.name, message.id, message.topic, f" ({one.detail})" if one.detail else "", next_step,
         )  # fmt: skip
-        if one.kind == "rejected":
-            self.trouble = f"the broker rejected what belongs to message {message.id}: {one.detail}"
         if self.telemetry.wants(SettleRefused):
             self.telemetry.emit(
                 SettleRefused(
@@ -242,12 +271,14 @@ class PipelineSettler:
     def _keep(self, rejected: list[Settlement]) -> None:
         """Try what the broker rejected again in a while; until then it stays held and unsettled."""
         self.stuck.extend(rejected)
-        if len(self.stuck) == len(rejected):
-            self._loop.call_later(reconnect_delay(6, random.random()), self._retry_stuck)
+        if not self.stuck:
+            self._troubles.pop("rejected", None)
+        elif self._stuck_timer is None:
+            self._stuck_timer = self._loop.call_later(reconnect_delay(6, random.random()), self._retry_stuck)
 
     def _retry_stuck(self) -> None:
-        self._others.extend(self.stuck)
-        self.stuck.clear()
+        self._stuck_timer = None
+        self._try_stuck = True
         self._other_wake.set()
 
     def _tell(self, batch: Sequence[Settlement]) -> None:
@@ -255,6 +286,16 @@ class PipelineSettler:
             for outcome in {one.outcome for one in batch}:
                 count = sum(one.outcome == outcome for one in batch)
                 self.telemetry.emit(Settled(consumer=self.spec.name, outcome=outcome, count=count))
+
+
+def _rejected(refused: Sequence[Refused]) -> set[int]:
+    return {id(one.message) for one in refused if one.kind == "rejected"}
+
+
+def _cancelled_from_outside(error: BaseException) -> bool:
+    """Whether it is our own task that is cancelled, and not something that the source waited for."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ from .._decisions.policy import FailureRules
 from ..errors import Directive
 from ..gate import Gate
 from ..message import Batch, Handler, Message
+from .thread_calls import ThreadCalls
 
 ErrorChoice = Literal["ack"] | Directive | None
 ErrorHook = Callable[[Message[Any], BaseException], Awaitable[ErrorChoice] | ErrorChoice]
@@ -33,7 +34,8 @@ class PipelineSpec(Struct, frozen=True, kw_only=True):
     """One pipeline.
 
     `handle` is called per message: awaited in the loop, or called on a thread with `mode="thread"`. `decode` makes the
-    payload of a body; None gives the body itself. `floor` and `ceiling` bound the window; equal, they pin it.
+    payload of a body; None gives the body itself. `floor` and `ceiling` bound the window; equal, they pin it. `threads`
+    are those that plain functions run on: batch handlers, and handlers inside middleware.
     """
 
     name: str
@@ -56,3 +58,4 @@ class PipelineSpec(Struct, frozen=True, kw_only=True):
     gates: tuple[Gate, ...] = ()
     on_error: ErrorHook | None = None
     on_failed: FailedHook | None = None
+    threads: tuple[ThreadCalls, ...] = ()

@@ -14,7 +14,8 @@ from .._decisions.backoff import RestartRule
 from ..errors import OptionError, PipelineFailed
 from ..source import Backlog, Source
 from ..telemetry import PipelineCrashed, PipelineStarted, Telemetry
-from .flow import Drained, Flow
+from .drain import Drained
+from .flow import Flow
 from .spec import PipelineSpec
 
 log = logging.getLogger("sluiceway")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+from ..message import Batch, Message
+
 Call = tuple[Any, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 
 
@@ -17,10 +19,13 @@ class ThreadCalls:
 
     Not an executor of the standard library: that one is joined when the interpreter ends, so a function that never
     returns would keep the process for ever. When the caller is cancelled while its function runs, the thread is
-    abandoned and one more may start in its place.
+    abandoned until it returns: `on_abandoned` is called, and one more may start in its place.
     """
 
     def __init__(self, function: Callable[[Any], Any], threads: int) -> None:
+        self.on_abandoned: Callable[[], None] = _nothing
+        self.abandoned: set[Any] = set()  # what threads still run and nobody waits for
+        self._inside: set[Any] = set()  # what threads run: messages or batches
         self._function = function
         self._limit = threads
         self._started = 0
@@ -31,7 +36,7 @@ class ThreadCalls:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         self._busy += 1
-        if self._started < min(self._busy, self._limit):
+        if self._started < min(self._busy, self._limit) + len(self.abandoned):
             self._started += 1
             name = f"{getattr(self._function, '__name__', 'handler')}: thread {self._started}"
             threading.Thread(target=self._work, name=name, daemon=True).start()
@@ -39,24 +44,36 @@ class ThreadCalls:
         try:
             return await future
         except asyncio.CancelledError:
-            self._limit += 1
+            if future.cancelled() and subject in self._inside:
+                self.abandoned.add(subject)
+                if subject not in self._inside:
+                    self.abandoned.discard(subject)  # it returned this very moment
+                self.on_abandoned()
             raise
         finally:
             self._busy -= 1
 
+    def holds(self, message: Message[Any]) -> bool:
+        """Whether a thread runs this message, or a batch that it is in."""
+        return any(
+            subject is message or (isinstance(subject, Batch) and message in subject) for subject in list(self._inside)
+        )
+
     def _work(self) -> None:
         while True:
             subject, loop, future = self._queue.get()
-            if future.cancelled():
-                continue
+            self._inside.add(subject)  # first, so that whoever cancels afterwards knows of it
             value: Any = None
             failure: BaseException | None = None
-            try:
-                value = self._function(subject)
-                if inspect.isawaitable(value):
-                    raise returned_awaitable(self._function, value)
-            except BaseException as error:
-                failure = error
+            if not future.cancelled():
+                try:
+                    value = self._function(subject)
+                    if inspect.isawaitable(value):
+                        raise returned_awaitable(self._function, value)
+                except BaseException as error:
+                    failure = error
+            self._inside.discard(subject)
+            self.abandoned.discard(subject)
             try:
                 loop.call_soon_threadsafe(_answer, future, value, failure)
             except RuntimeError:
@@ -83,3 +100,7 @@ def _answer(future: asyncio.Future[Any], value: Any, failure: BaseException | No
         future.set_exception(RuntimeError(f"the function raised StopIteration: {failure!r}"))
     else:
         future.set_exception(failure)
+
+
+def _nothing() -> None:
+    pass

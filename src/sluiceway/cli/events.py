@@ -1,4 +1,4 @@
-"""What a run tells: to the screen, as JSON lines with `--json`, and from a worker to its parent. One list for all three."""
+"""What a run tells: to the screen, as JSON lines with `--json`, and from a worker to its parent."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Stopped(Struct, frozen=True, kw_only=True, tag_field="event", tag="stopped
     """The end: `code` is the exit code, `reason` why it is not 0.
 
     Of the drain: `drain_seconds`; `drain_released` went back unstarted, `cancelled` were cut off while running and
-    `unsettled` stayed with the broker, to come back by themselves.
+    `unsettled` stayed with the broker, to come back by themselves. `opened`: whether every source had been open.
     """
 
     code: int
@@ -78,6 +78,7 @@ class Stopped(Struct, frozen=True, kw_only=True, tag_field="event", tag="stopped
     drain_released: int
     cancelled: int
     unsettled: int
+    opened: bool = True
 
 
 Event = Started | Status | WorkerChanged | Stopped

@@ -23,7 +23,7 @@ class Fault(click.ClickException):
 
     def __init__(self, message: str, code: int = USAGE) -> None:
         super().__init__(message)
-        self.exit_code = code
+        self.code = code
 
 
 def code_of(error: SluicewayError) -> int:

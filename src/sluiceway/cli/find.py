@@ -62,6 +62,13 @@ def find_broker(given: str | None, url: str | None, *, consumers: bool = False) 
     return _load_app(*named, url).app
 
 
+def is_private(app: App) -> bool:
+    """Whether the app's broker lives inside the process, so that no other process can share it."""
+    if app.url is None:
+        return type(app.transport).__module__.startswith("sluiceway.transports.memory")
+    return app.url.startswith("memory:")
+
+
 def _named(given: str | None) -> tuple[str, str] | None:
     """The reference that somebody wrote down, and where."""
     _put_on_path(Path.cwd())
@@ -152,15 +159,15 @@ def _is_app_statement(statement: ast.stmt) -> bool:
     )
 
 
-# -- loading ------------------------------------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------------------------------------
 
 
 def _load_app(reference: str, how: str, url: str | None) -> Found:
     module_name, colon, attribute = reference.partition(":")
     origin = "" if how == "as named" else f" ({how})"
     if module_name.endswith(".py") or "/" in module_name:
-        module = module_name.removesuffix(".py").strip("./").replace("/", ".")
-        raise Fault(f"{reference!r}{origin} is a file; name the module: {module}:{attribute or 'app'}")
+        dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise Fault(f"{reference!r}{origin} is a file; name the module: {dotted}:{attribute or 'app'}")
     if not module_name or (colon and not attribute):
         raise Fault(f"{reference!r}{origin} is not module:app")
     module = _load(module_name, origin)
@@ -180,7 +187,10 @@ def _load(name: str, origin: str) -> ModuleType:
         missing = error.name or ""
         if name != missing and not name.startswith(missing + "."):
             raise _inside(name, error) from None
-        here = [*{file.stem for file in Path.cwd().glob("*.py")}, *{file.parent.name for file in Path.cwd().glob("*/*.py")}]
+        here = [
+            *{file.stem for file in Path.cwd().glob("*.py")},
+            *{file.parent.name for file in Path.cwd().glob("*/*.py")},
+        ]
         near = difflib.get_close_matches(missing, here, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; it was looked for in {Path.cwd()} and on Python's path"
         raise Fault(f"there is no module {missing!r}{origin}{hint}") from None
@@ -220,7 +230,10 @@ def _only_app(module: ModuleType) -> str:
     if "app" in apps or not apps:
         return "app"
     if len(apps) > 1:
-        raise Fault(f"module {module.__name__!r} has {len(apps)} apps: {', '.join(apps)}; say which: {module.__name__}:{apps[0]}")
+        raise Fault(
+            f"module {module.__name__!r} has {len(apps)} apps: {', '.join(apps)}; "
+            f"say which, like {module.__name__}:{apps[0]}"
+        )
     return apps[0]
 
 
@@ -238,7 +251,9 @@ def _attribute(module: ModuleType, path: str) -> App:
 
 
 def _no_attribute(module: ModuleType, holder: Any, step: str, path: str) -> Fault:
-    apps = [name for name, other in vars(holder).items() if isinstance(other, App)] if hasattr(holder, "__dict__") else []
+    apps = (
+        [name for name, other in vars(holder).items() if isinstance(other, App)] if hasattr(holder, "__dict__") else []
+    )
     names = [name for name in dir(holder) if not name.startswith("_")]
     near = difflib.get_close_matches(step, apps, n=1) or difflib.get_close_matches(step, names, n=1) or apps[:1]
     hint = f"; did you mean {near[0]!r}?" if near else ", and no App at all"

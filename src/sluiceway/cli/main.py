@@ -12,7 +12,7 @@ import click
 from .. import __version__
 from ..errors import SluicewayError
 from .dlq import dlq
-from .exits import INTERRUPTED, NO_READER, code_of, forget_stdout
+from .exits import INTERRUPTED, NO_READER, Fault, code_of, forget_stdout
 from .inspect import inspect
 from .publish import publish
 from .run import run
@@ -33,7 +33,9 @@ Environment:
 class Commands(click.Group):
     """A group that names the nearest command for a misspelt one, and ends quietly when nobody reads its output."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             known = self.list_commands(ctx)
@@ -70,7 +72,7 @@ def call(arguments: Sequence[str] | None = None) -> int:
         )
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        return error.code if isinstance(error, Fault) else error.exit_code
     except SluicewayError as error:
         click.echo(f"Error: {error}", err=True)
         return code_of(error)

@@ -53,7 +53,7 @@ class ConsumerView(Struct, frozen=True, kw_only=True):
 
 
 def describe(app: App, definition: ConsumerDef) -> ConsumerView:
-    """What a consumer is and is promised over the app's broker. Raises OptionError or Unsupported, as its start would."""
+    """What a consumer is and is promised over this broker. Raises OptionError and Unsupported, as its start would."""
     check_features(definition, app.transport.features)
     group = group_of(app, definition)
     sizes = definition.batchings()
@@ -122,6 +122,7 @@ def _retry(definition: ConsumerDef) -> str:
 def _guarantees(app: App, definition: ConsumerDef, view: ConsumerView) -> dict[str, str]:
     features = app.transport.features
     floor, ceiling = view.window
+    largest = definition.value("max_payload") or features.max_payload
     window = f"{floor}" if floor == ceiling else f"{floor} to {ceiling}, as the measured rate asks"
     return {
         "delivery": "at least once: acknowledged only after the handler" + (" and its batch" if view.batchers else ""),
@@ -135,7 +136,7 @@ def _guarantees(app: App, definition: ConsumerDef, view: ConsumerView) -> dict[s
         "crash": "what a killed process held comes back, at most its window is repeated"
         if features.lease
         else "what a killed process held comes back when its connection is gone",
-        "size": f"bodies up to {_bytes(definition.value('max_payload') or features.max_payload)}; larger are dead-lettered",
+        "size": f"bodies up to {_bytes(largest)}; larger ones are dead-lettered undecoded",
     }
 
 
@@ -160,7 +161,9 @@ def _value(name: str, value: Any, definition: ConsumerDef, group: str) -> str:
     if name == "group":
         return group
     if name == "retry":
-        return f"{value.attempts} attempts, {value.base_delay:g} s × {value.multiplier:g}, at most {value.max_delay:g} s"
+        return (
+            f"{value.attempts} attempts, {value.base_delay:g} s × {value.multiplier:g}, at most {value.max_delay:g} s"
+        )
     if name == "payload":
         return _type_name(getattr(definition, "payload_type", value))
     if name in ("middleware", "gates"):

@@ -246,7 +246,7 @@ class MemorySource:
         return self._broker.backlog(self.hold, time.time())
 
     async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:
-        """Give back what is unsettled, uncounted; but `keep`, which may be settled still and comes back after the lease."""
+        """Give back what is unsettled, uncounted. `keep` can still be settled, until the lease has passed."""
         self.stop()
         if self._finalizer.detach() is None:
             return

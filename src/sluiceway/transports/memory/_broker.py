@@ -282,7 +282,7 @@ class Broker:
         return True
 
     def give_back(self, hold: Hold, *, died: bool, keep: Collection[object] = ()) -> None:
-        """Take deliveries from a source, but for the tokens to `keep`. If it died they count: next time they are suspects."""
+        """Take deliveries from a source, but for the tokens in `keep`. If it died they count and will be suspects."""
         entries = [again(hold.held.pop(token), deliveries=int(died)) for token in hold.held.keys() - set(keep)]
         self._give_back(self.groups[hold.group], hold, entries)
 

@@ -21,9 +21,10 @@ from ...errors import TransportError
 from ...message import Message
 from . import liveness
 from .doorbell import Doorbell, forget
+from .inlet import Inlet
 from .jobs import Deliver, Host, Job
 from .schema import explain
-from .store import Inlet, Store
+from .store import Store
 
 log = logging.getLogger("sluiceway.sqlite")
 
@@ -63,6 +64,7 @@ class Reception:
         self._nonce = os.urandom(8).hex()
         self._taps: list[Tap] = []
         self._live: liveness.LivenessFile | None = None
+        self._keeps = False
         self._bell: Doorbell | None = None
         self._data_version = 0
         self._poll_every = _POLL[0]
@@ -75,11 +77,13 @@ class Reception:
         """Look after the tap and its owner from now on."""
         self._thread.call(lambda: self._taps.append(tap))
 
-    def close_tap(self, tap: Tap) -> None:
-        """Forget the tap; the receive that waits gets nothing."""
+    def close_tap(self, tap: Tap, *, keeps: bool) -> None:
+        """Forget the tap; the receive that waits gets nothing. `keeps`: its owner keeps messages for as long as the
+        process lives, so the liveness file has to stay."""
 
         def close() -> None:
             self._answer(tap, [])
+            self._keeps |= keeps
             if tap in self._taps:
                 self._taps.remove(tap)
 
@@ -103,7 +107,7 @@ class Reception:
     def close(self) -> None:
         if self._bell is not None:
             self._bell.close()
-        if self._live is not None:
+        if self._live is not None and not self._keeps:
             self._live.close()
 
     def fail(self, error: BaseException) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from msgspec import Struct
 
 from ..._decisions.topics import best_match, check_topic, matches
 from . import liveness
-from .schema import CLAIMED, READY, SCHEDULED, UNASSIGNED
+from .schema import BACK, CLAIMED, FRESH, SCHEDULED, UNASSIGNED
 
 _MAX_ROUTES = 10_000  # topics whose route is kept
 
@@ -42,6 +43,7 @@ class Routing:
         self._touched = touched
         self._version = -1
         self._queues: dict[str, dict[str, int]] = {}
+        self._groups: dict[int, str] = {}
         self._implied: dict[tuple[str, str], int] = {}
         self._routes: dict[str, tuple[int, ...]] = {}
 
@@ -49,12 +51,13 @@ class Routing:
         """Read queues and owners again when they changed. First in every transaction."""
         (version,) = self._execute("SELECT version FROM routing").fetchone()
         if version != self._version:
-            self._queues, self._implied, self._routes = {}, {}, {}
+            self._queues, self._groups, self._implied, self._routes = {}, {}, {}, {}
             for queue_id, group, pattern, implied in self._execute("SELECT id, grp, pattern, implied FROM queues"):
                 if implied:
                     self._implied[group, pattern] = queue_id
                 else:
                     self._queues.setdefault(group, {})[pattern] = queue_id
+                    self._groups[queue_id] = group
             self.owners = {
                 row[0]: Owner(row[0], row[1], row[2], frozenset(json.loads(row[3])), bool(row[4]))
                 for row in self._execute("SELECT id, live, bell, queue_ids, ordered FROM owners")
@@ -97,6 +100,14 @@ class Routing:
             self._execute("INSERT INTO queues(grp, pattern, implied) VALUES (?, ?, 1)", (group, topic))
             self._changed()
         return self._implied[group, topic]
+
+    def right_queue(self, queue_id: int, topic: str) -> int:
+        """Where a message of `topic` that comes back to `queue_id` belongs: its group may have a closer match."""
+        queues = self._queues[self._groups[queue_id]]
+        if len(queues) == 1:
+            return queue_id
+        pattern = best_match(queues, topic)
+        return queue_id if pattern is None else queues[pattern]
 
     def is_wanted(self, topic: str) -> bool:
         """Whether messages of `topic` can be in any queue but that of unassigned messages."""
@@ -144,12 +155,14 @@ class Routing:
                 self._changed()
 
     def _absorb_worse(self, queues: dict[str, int], pattern: str) -> None:
+        """What is claimed stays where it is, and goes to the right queue if it comes back."""
         for other, queue_id in queues.items():
             if other != pattern:
                 for topic in self._topics("queue_id = ?", queue_id):
                     if best_match(queues, topic) == pattern:
                         self._execute(
-                            "UPDATE queue SET queue_id = ? WHERE queue_id = ? AND topic = ?",
+                            "UPDATE queue SET queue_id = ?1 WHERE queue_id = ?2 AND topic = ?3"
+                            " AND (state IN (1, 3, 4, 6) OR state = 0 AND seq > (SELECT head FROM queues WHERE id = ?2))",
                             (queues[pattern], queue_id, topic),
                         )
 
@@ -169,7 +182,7 @@ class Routing:
             if matches(pattern, topic) and best_match(before, topic) is None:
                 self._execute(
                     "INSERT INTO queue(queue_id, state, due_at, topic, id, key, headers, timestamp, body)"
-                    f" SELECT ?1, iif({waits}, {SCHEDULED}, {READY}), iif({waits}, due_at, NULL), topic, id, key,"
+                    f" SELECT ?1, iif({waits}, {SCHEDULED}, {FRESH}), iif({waits}, due_at, NULL), topic, id, key,"
                     " headers, timestamp, body FROM queue WHERE seq IN (SELECT min(seq) FROM queue WHERE topic = ?2"
                     " AND queue_id NOT IN (0, ?1) AND NOT direct AND timestamp >= ?3 GROUP BY id) ORDER BY seq",
                     (queue_id, topic, since),
@@ -203,31 +216,51 @@ class Routing:
     def lapsed(self) -> list[int]:
         """Owners that hold messages and whose lease has ended, or whose machine has been started anew since."""
         rows = self._execute(
-            "SELECT id FROM owners WHERE (lease_until < ? OR boot_id <> ?)"
-            f" AND EXISTS (SELECT 1 FROM queue WHERE owner = owners.id AND state = {CLAIMED})",
+            "SELECT id FROM owners o WHERE (lease_until < ? OR boot_id <> ?) AND ("
+            f"EXISTS (SELECT 1 FROM queue WHERE owner = o.id AND state = {CLAIMED})"
+            " OR EXISTS (SELECT 1 FROM claims c JOIN queue q ON q.queue_id = c.queue_id"
+            f" AND q.seq BETWEEN c.first AND c.last AND q.state = {FRESH} WHERE c.owner = o.id))",
             (liveness.now(), liveness.boot_id()),
         ).fetchall()
         return [owner for (owner,) in rows]
 
+    def keep(self, owner: int, seqs: Sequence[int]) -> None:
+        """Hand back all that `owner` holds but `seqs`, uncounted. It stays the owner of those until its lease ends."""
+        if owner in self.owners:
+            heir = f"UPDATE queue SET state = {CLAIMED}, owner = NULL WHERE seq IN carray(?1)"
+            ours = f"(state = {FRESH} OR state = {CLAIMED} AND owner = ?2)"
+            self._execute(f"{heir} AND {ours}", (apsw.carray(array("q", seqs)), owner))
+            self._hand_back(owner, counted=False)
+            self._execute(f"UPDATE queue SET owner = ? WHERE state = {CLAIMED} AND owner IS NULL", (owner,))
+
     def drop_owner(self, owner: int, *, counted: bool) -> None:
-        """Make all that `owner` holds ready again and forget it; its tokens are void from then on.
+        """Hand back all that `owner` holds and forget it; its tokens are void from then on. Idempotent.
 
         `counted`: the hand-over counts as a delivery, as it must when a process died with the message in hand.
         """
-        self._execute(
-            f"UPDATE queue SET state = {READY}, owner = NULL, deliveries = deliveries - ?2"
-            f" WHERE owner = ?1 AND state = {CLAIMED}",
-            (owner, 0 if counted else 1),
-        )
-        row = self.owners.get(owner)
-        if row is not None:
-            self._touched.update(row.queue_ids)
+        if owner in self.owners:
+            self._hand_back(owner, counted=counted)
             self._execute("DELETE FROM owners WHERE id = ?", (owner,))
             self._changed()
 
-    def drop_orphans(self) -> None:
-        """Make ready what is claimed by owners that have no row. Only a repair by hand could leave such."""
-        self._execute(
-            f"UPDATE queue SET state = {READY}, owner = NULL"
-            f" WHERE state = {CLAIMED} AND owner NOT IN (SELECT id FROM owners)"
-        )
+    def _hand_back(self, owner: int, *, counted: bool) -> None:
+        back = f"UPDATE queue SET state = {BACK}, owner = NULL, deliveries = deliveries + {int(counted)}"
+        self._execute(f"{back} WHERE owner = ? AND state = {CLAIMED}", (owner,))
+        runs = self._execute("SELECT queue_id, first, last FROM claims WHERE owner = ?", (owner,)).fetchall()
+        for run in runs:
+            self._execute(f"{back} WHERE queue_id = ? AND state = {FRESH} AND seq BETWEEN ? AND ?", run)
+        self._execute("DELETE FROM claims WHERE owner = ?", (owner,))
+        for queue_id in self.owners[owner].queue_ids:
+            self._put_right(queue_id)
+
+    def _put_right(self, queue_id: int) -> None:
+        self._touched.add(queue_id)
+        if len(self._queues[self._groups[queue_id]]) > 1:
+            for topic in self._topics(f"queue_id = ? AND state = {BACK}", queue_id):
+                right = self.right_queue(queue_id, topic)
+                if right != queue_id:
+                    self._touched.add(right)
+                    self._execute(
+                        f"UPDATE queue SET queue_id = ? WHERE queue_id = ? AND state = {BACK} AND topic = ?",
+                        (right, queue_id, topic),
+                    )

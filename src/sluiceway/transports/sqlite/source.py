@@ -16,12 +16,13 @@ import apsw
 from ...errors import TransportError
 from ...message import Message, Refused, Settlement
 from ...source import Backlog, Renewer, SourceStatus, Subscription
+from .inlet import Inlet
 from .io_thread import IOThread
 from .jobs import for_future
 from .reception import Tap
 from .renewer import SQLiteRenewer
 from .schema import HELD_INDEX, explain
-from .store import Inlet, Store
+from .store import Store
 
 log = logging.getLogger("sluiceway.sqlite")
 
@@ -64,7 +65,6 @@ class SQLiteSource:
                 store.execute(HELD_INDEX)
             queue_ids = open_queues(store, subscription)
             inlet = Inlet(queue_ids, ordered=subscription.order_by is not None, max_bytes=subscription.max_bytes)
-            store.routing.drop_orphans()
             return inlet, *self._reception.add_owner(inlet, store)
 
         try:
@@ -181,8 +181,9 @@ class SQLiteSource:
         found: Backlog = await self._run("count the backlog", lambda store: store.backlog(inlet), reads=True)
         return found
 
-    async def aclose(self) -> None:
-        """Give everything back that is not settled, uncounted. Idempotent."""
+    async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:
+        """Give everything back that is not settled, uncounted, but for `keep`: that stays ours until its lease or this
+        process ends. Idempotent."""
         if self.closed:
             return
         self.stop()
@@ -190,8 +191,16 @@ class SQLiteSource:
         self._left.clear()
         self._held = 0
         inlet = self._tap.inlet
-        self._reception.close_tap(self._tap)
-        await self._run("close the source", lambda store: store.routing.drop_owner(inlet.owner, counted=False))
+        kept = [message.token[0] for message in keep if message.token[1] == inlet.owner]
+        self._reception.close_tap(self._tap, keeps=bool(kept))
+
+        def work(store: Store) -> None:
+            if kept:
+                store.routing.keep(inlet.owner, kept)
+            else:
+                store.routing.drop_owner(inlet.owner, counted=False)
+
+        await self._run("close the source", work)
 
     # -- what the I/O thread says
 

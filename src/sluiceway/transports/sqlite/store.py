@@ -15,9 +15,10 @@ from ..._decisions.topics import check_topic
 from ...errors import OptionError
 from ...message import NO_HEADERS, Message, Outgoing, Refused, Settlement, Stored
 from ...source import Backlog
+from .inlet import Inlet
 from .routing import Routing
 from .rows import STORED, decode_headers, encode_headers, stored, text, untext
-from .schema import CLAIMED, READY, RETRYING, SCHEDULED
+from .schema import BACK, CLAIMED, FRESH, PARKED, RETRYING, SCHEDULED
 
 _ROWS = 50  # rows per INSERT: one statement for many rows costs two thirds of one for each
 _INSERT = "INSERT INTO queue(queue_id, topic, id, key, headers, timestamp, body) VALUES "
@@ -27,56 +28,15 @@ _INSERT_SPECIAL = (
     "INSERT INTO queue(queue_id, topic, id, key, headers, timestamp, body, state, due_at, direct)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-_PROMOTED = 2_000  # waiting rows made ready by one claim, so that a million due at once is no endless transaction
+_RUNS = 64  # claims after which the settled ones are forgotten
 
-_UNBLOCKED = (
-    " AND (key IS NULL OR NOT ("
-    "EXISTS (SELECT 1 FROM queue e WHERE {e} AND e.state = 1 AND e.seq < q.seq)"
-    " OR EXISTS (SELECT 1 FROM queue e WHERE {e} AND e.state = 2 AND e.owner < ?2 AND e.seq < q.seq)"
-    " OR EXISTS (SELECT 1 FROM queue e WHERE {e} AND e.state = 2 AND e.owner > ?2 AND e.seq < q.seq)))"
-).format(e="e.queue_id = q.queue_id AND e.key = q.key AND e.state > 0")
-"""No earlier message of the key waits for a retry or is with another owner (?2): three seeks in the index `held`. A
-message that was published with a delay holds nobody up: its turn comes when it is due."""
+# Who may settle a row that his token names: claimed one by one it says so; a fresh one is his for as long as he is an
+# owner, since what ends that, a settle or a takeover, leaves no row fresh.
+_OURS = f"(state = {FRESH} OR state = {CLAIMED} AND owner = ?2)"
 
 
 class Mismatch(Exception):
     """A bulk statement met fewer rows than it named: roll back and do it again precisely, to say which."""
-
-
-class Inlet:
-    """What the I/O thread knows of one source: where it reads and as whom, and the SQL for it."""
-
-    def __init__(self, queue_ids: Sequence[int], *, ordered: bool, max_bytes: int) -> None:
-        self.queue_ids = tuple(queue_ids)
-        self.ordered = ordered
-        self.max_bytes = max_bytes
-        self.owner = 0
-        self.lease_until = 0.0  # the machine's steady clock
-        self.lapsed_since: float | None = None
-        self.select = self._select(
-            "topic, body, id, key, headers, timestamp, seq, deliveries + 1, failures, suspicions"
-        )
-        self.peek = self._select("seq")
-        ids = ", ".join(map(str, self.queue_ids))
-        self.promote = (
-            f"UPDATE queue SET state = {READY} WHERE seq IN (SELECT seq FROM queue"
-            f" WHERE queue_id IN ({ids}) AND state & 1 AND due_at <= ? LIMIT {_PROMOTED})"
-        )
-        self.next_due = " UNION ALL ".join(
-            f"SELECT min(due_at) FROM queue WHERE queue_id = {one} AND state & 1" for one in self.queue_ids
-        )
-
-    def _select(self, columns: str) -> str:
-        """Ready rows of all queues in order of seq. The parts are merged, so that none of them is read to its end."""
-        only = _UNBLOCKED if self.ordered else ""
-        parts = (
-            f"SELECT {columns} FROM queue q WHERE queue_id = {one} AND state = {READY}{only}" for one in self.queue_ids
-        )
-        return " UNION ALL ".join(parts) + " ORDER BY seq LIMIT ?1"
-
-    def parameters(self, limit: int, owner: int) -> tuple[int, ...]:
-        """For `select` and `peek`."""
-        return (limit, owner) if self.ordered else (limit,)
 
 
 class Store:
@@ -114,7 +74,7 @@ class Store:
     def _publish_special(self, message: Outgoing) -> None:
         group = message.group
         targets = self.routing.of(message.topic) if group is None else (self.routing.of_group(group, message.topic),)
-        state, due_at = (SCHEDULED, time.time() + message.delay) if message.delay > 0 else (READY, None)
+        state, due_at = (SCHEDULED, time.time() + message.delay) if message.delay > 0 else (FRESH, None)
         columns = _columns(message)
         for queue_id in targets:
             self.execute(_INSERT_SPECIAL, (queue_id, *columns, state, due_at, int(group is not None)))
@@ -142,13 +102,19 @@ class Store:
         return min((due for (due,) in self.execute(inlet.next_due).fetchall() if due is not None), default=None)
 
     def claim(self, inlet: Inlet, owner: int, demand: int) -> list[Message[Any]]:
-        """Claim up to `demand` ready messages for `owner`, in order."""
+        """Claim up to `demand` messages that are ready for `owner`, in order."""
         self.execute(inlet.promote, (time.time(),))
+        self.execute(inlet.unpark)
+        if inlet.only_fresh is not None and self.execute(inlet.any_back).fetchone() is None:
+            return self._claim_fresh(inlet, owner, demand)
+        return self._claim_any(inlet, owner, demand)
+
+    def _claim_fresh(self, inlet: Inlet, owner: int, demand: int) -> list[Message[Any]]:
+        """The way of nearly all messages: a run of fresh rows of one queue."""
         messages: list[Message[Any]] = []
-        seqs = array("q")
-        size = 0
-        cursor = self.execute(inlet.select, inlet.parameters(demand, owner))
-        for topic, body, id_, key, headers, timestamp, seq, deliveries, failures, suspicions in cursor:
+        size, seq = 0, 0
+        cursor = self.execute(inlet.only_fresh, (demand,))
+        for seq, topic, body, id_, key, headers, timestamp in cursor:
             messages.append(
                 Message(
                     topic,
@@ -159,23 +125,68 @@ class Store:
                     timestamp,
                     owner,
                     (seq, owner),
-                    deliveries,
-                    failures,
-                    suspicions,
-                    deliveries > 1 and is_suspect(deliveries, failures, suspicions),
                 )
             )
-            seqs.append(seq)
             size += len(body)
             if size >= inlet.max_bytes:
                 break
         cursor.close(True)
         if messages:
-            self.execute(
-                f"UPDATE queue SET state = {CLAIMED}, owner = ?, deliveries = deliveries + 1 WHERE seq IN carray(?)",
-                (owner, apsw.carray(seqs)),
-            )
+            self._claim_run(inlet, owner, inlet.queue_ids[0], messages[0].token[0], seq)
         return messages
+
+    def _claim_any(self, inlet: Inlet, owner: int, demand: int) -> list[Message[Any]]:
+        """Fresh rows and such as came back, of all queues, in order."""
+        messages: list[Message[Any]] = []
+        runs: dict[int, tuple[int, int]] = {}
+        singles = array("q")
+        size = 0
+        cursor = self.execute(inlet.select, inlet.parameters(demand, owner))
+        for queue_id, state, deliveries, failures, suspicions, seq, topic, body, id_, key, headers, timestamp in cursor:
+            key = None if key is None else untext(key)
+            deliveries += 1
+            suspect = is_suspect(deliveries, failures, suspicions)
+            messages.append(
+                Message(
+                    topic, body, untext(id_), key, decode_headers(headers), timestamp, owner, (seq, owner),
+                    deliveries, failures, suspicions, suspect,
+                )
+            )  # fmt: skip
+            if state == FRESH and not inlet.ordered:
+                runs[queue_id] = (runs.get(queue_id, (seq, 0))[0], seq)
+            else:
+                singles.append(seq)
+            size += len(body)
+            if size >= inlet.max_bytes:
+                break
+        cursor.close(True)
+        for queue_id, (first, last) in runs.items():
+            self._claim_run(inlet, owner, queue_id, first, last)
+        if singles:
+            sql = f"UPDATE queue SET state = {CLAIMED}, owner = ? WHERE seq IN carray(?)"
+            self.execute(sql, (owner, apsw.carray(singles)))
+        return messages
+
+    def _claim_run(self, inlet: Inlet, owner: int, queue_id: int, first: int, last: int) -> None:
+        """Fresh rows are claimed by moving the head over them; who took the run before as well just makes it longer."""
+        (head,) = self.execute("SELECT head FROM queues WHERE id = ?", (queue_id,)).fetchone()
+        self.execute("UPDATE queues SET head = ? WHERE id = ?", (last, queue_id))
+        self.execute(
+            "UPDATE claims SET last = ? WHERE owner = ? AND queue_id = ? AND last = ?", (last, owner, queue_id, head)
+        )
+        if self.db.changes() == 0:
+            self.execute("INSERT INTO claims VALUES (?, ?, ?, ?)", (owner, queue_id, first, last))
+            inlet.runs += 1
+            if inlet.runs % _RUNS == 0:
+                self._forget_runs(owner)
+
+    def _forget_runs(self, owner: int) -> None:
+        """Forget the runs of which every row is settled."""
+        self.execute(
+            "DELETE FROM claims WHERE owner = ? AND NOT EXISTS (SELECT 1 FROM queue q WHERE"
+            f" q.queue_id = claims.queue_id AND q.state = {FRESH} AND q.seq BETWEEN claims.first AND claims.last)",
+            (owner,),
+        )
 
     # -- settling
 
@@ -196,9 +207,13 @@ class Store:
         tokens = [message.token for message in messages]
         done: set[tuple[int, int]] = set()
         for owner in {token[1] for token in tokens}:
+            if owner not in self.routing.owners:
+                if not self.precise:
+                    raise Mismatch
+                continue
             self._touch_followers(owner)
             seqs = array("q", [token[0] for token in tokens if token[1] == owner])
-            sql = "DELETE FROM queue WHERE seq IN carray(?) AND owner = ?"
+            sql = f"DELETE FROM queue WHERE seq IN carray(?1) AND {_OURS}"
             if self.precise:
                 rows = self.execute(f"{sql} RETURNING seq", (apsw.carray(seqs), owner)).fetchall()
                 done.update((seq, owner) for (seq,) in rows)
@@ -218,33 +233,45 @@ class Store:
 
     def _settle(self, settlement: Settlement) -> bool:
         token = settlement.message.token
-        self._touch_followers(token[1])
+        owner = self.routing.owners.get(token[1])
+        if owner is None:
+            return False
+        self._touch_followers(owner.id)
         match settlement.outcome:
             case "ack" | "dead_letter":
-                self.execute("DELETE FROM queue WHERE seq = ? AND owner = ?", token)
+                self.execute(f"DELETE FROM queue WHERE seq = ?1 AND {_OURS}", token)
                 return self.db.changes() == 1
-            case "release" | "park":
-                return self._put_back(f"state = {READY}, deliveries = deliveries - 1", token)
+            case "park" if owner.ordered and settlement.message.key is not None:
+                return self._put_back(token, f"state = {PARKED}")
+            case "park" | "release":
+                return self._put_back(token, f"state = {BACK}")
             case "retry":
-                counts = "failures = failures + 1" if settlement.counted else "deliveries = deliveries - 1"
+                counts = "deliveries = deliveries + 1, failures = failures + 1, " if settlement.counted else ""
                 if settlement.delay <= 0:
-                    return self._put_back(f"state = {READY}, {counts}", token)
+                    return self._put_back(token, f"{counts}state = {BACK}")
                 due_at = time.time() + settlement.delay
-                return self._put_back(f"state = {RETRYING}, due_at = ?3, {counts}", (*token, due_at))
+                return self._put_back(token, f"{counts}state = {RETRYING}, due_at = ?3", due_at)
 
-    def _put_back(self, change: str, bindings: tuple[Any, ...]) -> bool:
+    def _put_back(self, token: tuple[int, int], change: str, *bindings: Any) -> bool:
         row = self.execute(
-            f"UPDATE queue SET owner = NULL, {change} WHERE seq = ?1 AND owner = ?2 RETURNING queue_id", bindings
+            f"UPDATE queue SET owner = NULL, {change} WHERE seq = ?1 AND {_OURS} RETURNING queue_id, topic",
+            (*token, *bindings),
         ).fetchone()
         if row is None:
             return False
-        self.touched.add(row[0])
+        queue_id, topic = row
+        right = self.routing.right_queue(queue_id, topic)
+        if right != queue_id:
+            self.execute("UPDATE queue SET queue_id = ? WHERE seq = ?", (right, token[0]))
+        self.touched.add(right)
         return True
 
     def suspect(self, token: tuple[int, int]) -> int | None:
         """Add one suspicion; returns how many there are now, None when the delivery is not the consumer's any more."""
+        if token[1] not in self.routing.owners:
+            return None
         row = self.execute(
-            "UPDATE queue SET suspicions = suspicions + 1 WHERE seq = ? AND owner = ? RETURNING suspicions", token
+            f"UPDATE queue SET suspicions = suspicions + 1 WHERE seq = ?1 AND {_OURS} RETURNING suspicions", token
         ).fetchone()
         return None if row is None else row[0]
 
@@ -259,25 +286,21 @@ class Store:
 
     def remove(self, seqs: Iterable[int]) -> None:
         """Delete rows, except what a consumer has in hand."""
+        in_hand = f"state = {CLAIMED} OR state = {FRESH} AND seq <= (SELECT head FROM queues WHERE id = queue.queue_id)"
         self.execute(
-            "DELETE FROM queue WHERE seq IN carray(?)"
-            f" AND NOT (state = {CLAIMED} AND owner IN (SELECT id FROM owners))",
-            (apsw.carray(array("q", seqs)),),
+            f"DELETE FROM queue WHERE seq IN carray(?) AND ({in_hand}) IS NOT TRUE", (apsw.carray(array("q", seqs)),)
         )
 
     def backlog(self, inlet: Inlet) -> Backlog:
-        """What waits and is due, and for how long the first of it has."""
+        """What waits, also for its time, and for how long the first that is due has."""
         now = time.time()
         waiting, since = 0, now
-        for queue_id in inlet.queue_ids:
-            for where, first in ((f"state = {READY}", "seq"), (f"state & 1 AND due_at <= {now}", "due_at")):
-                source = f"FROM queue WHERE queue_id = {queue_id} AND {where}"
-                (count,) = self.execute(f"SELECT count(*) {source}").fetchone()
-                if count:
-                    waiting += count
-                    columns = "max(timestamp, ifnull(due_at, timestamp))"
-                    (one,) = self.execute(f"SELECT {columns} {source} ORDER BY {first} LIMIT 1").fetchone()
-                    since = min(since, one)
+        for source, order in inlet.backlog:
+            (count,) = self.execute(f"SELECT count(*) {source}").fetchone()
+            if count:
+                waiting += count
+                first = f"SELECT max(timestamp, ifnull(due_at, timestamp)) {source} ORDER BY {order} LIMIT 1"
+                since = min(since, self.execute(first).fetchone()[0])
         return Backlog(waiting, max(0.0, now - since))
 
 
