@@ -5,6 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.flights.demo import main  # noqa: E402 # the line above finds it
+try:
+    from examples.flights.demo import main
+except ModuleNotFoundError as missing:
+    if missing.name not in ("duckdb", "matplotlib", "sluiceway"):
+        raise
+    sys.exit(f"the demo needs {missing.name}: run it with `make demo`, or pip install 'sluiceway[demo]' first")
 
 sys.exit(main())

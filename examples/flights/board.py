@@ -27,7 +27,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """Something happened."""
-        self._console.print(f"[dim]{time.monotonic() - self._started:5.1f} s[/]  {text}", highlight=False)
+        self._console.print(f"[dim]{time.monotonic() - self._started:5.1f} s[/]  {text}", highlight=False, soft_wrap=True)
 
     def show(self, published: int, handled: int, batches: int, dead: int, rate: float) -> None:
         """Where things stand; on a terminal at once, else a line every two seconds."""
@@ -37,7 +37,7 @@ class Board:
             self._progress.update(self._handled, completed=min(handled, self._rows), note=note)
         elif time.monotonic() - self._said_at >= 2.0:
             self._said_at = time.monotonic()
-            self.say(f"published {published:,}, handled {handled:,}: {note}")
+            self.say(f"published {published:,}, handled {handled:,} at {note}")
 
     def __enter__(self) -> Self:
         if self._progress is not None:

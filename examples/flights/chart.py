@@ -18,10 +18,11 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 # after the choice of a backend that needs no screen
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 INK, SOFT, GRID = "#1b2733", "#66788a", "#e3e9ef"
 GOOD, BAD, LINK = "#1f6f8b", "#e4572e", "#cfd8e0"
-WORKERS = ("#b8493a", "#1f6f8b", "#58a399", "#8a7fb0")
+KILLED, OTHERS = "#c0473a", ("#1f6f8b", "#5fa8a0")
 
 
 class Airline(Struct):
@@ -66,7 +67,7 @@ def draw_delays(db: duckdb.DuckDBPyConnection, path: Path) -> Path:
     axes.set_yticks(list(y), [one.name for one in data], fontsize=11, color=INK)
     axes.set_xlim(min(0.0, *(one.median for one in data)) - 12, max(one.p90 for one in data) + 10)
     axes.set_ylim(-0.7, len(data) - 0.3)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.0f} min" if value else "on time")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{signed(value)} min" if value else "on time")
     for at, one in zip(y, data, strict=True):
         axes.annotate(
             f"{one.flights:,}", (1.0, at), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
@@ -78,15 +79,19 @@ def draw_delays(db: duckdb.DuckDBPyConnection, path: Path) -> Path:
     )  # fmt: skip
     total = sum(one.flights for one in data)
     _title(figure, "How late do they land?", f"Arrival delay of {total:,} flights that left New York in 2013, per airline")
-    figure.text(0.985, 0.955, "●", color=GOOD, ha="right", va="top", fontsize=12).set_x(0.725)
-    figure.text(0.735, 0.955, "half land later", color=INK, va="top", fontsize=10.5)
-    figure.text(0.865, 0.955, "●", color=BAD, ha="right", va="top", fontsize=12)
-    figure.text(0.875, 0.955, "one in ten lands later", color=INK, va="top", fontsize=10.5)
+    handles = [
+        Line2D([], [], marker="o", linestyle="", markersize=8, color=colour, label=label)
+        for colour, label in ((GOOD, "half land later"), (BAD, "one in ten lands later"))
+    ]
+    figure.legend(
+        handles=handles, loc="upper right", ncols=2, frameon=False, fontsize=10.5, labelcolor=INK, handletextpad=0.2,
+        bbox_to_anchor=(0.99, 0.985),
+    )  # fmt: skip
     return _save(figure, path)
 
 
-def draw_throughput(db: duckdb.DuckDBPyConnection, killed_at: float, path: Path) -> Path:
-    """Rows on disk per second, per worker, with the kill."""
+def draw_throughput(db: duckdb.DuckDBPyConnection, killed_at: float, killed: int, path: Path) -> Path:
+    """Rows on disk per second, per worker, with the kill of process `killed`."""
     step = 0.5
     rows: list[tuple[str, float, float]] = db.execute(
         "SELECT worker, floor((returned - start) / ?1) * ?1, sum(rows) / ?1 FROM batches,"
@@ -95,15 +100,17 @@ def draw_throughput(db: duckdb.DuckDBPyConnection, killed_at: float, path: Path)
     ).fetchall()
     row = db.execute("SELECT min(published) FROM deliveries").fetchone()
     start = row[0] if row is not None else 0.0
-    first = db.execute("SELECT worker FROM batches GROUP BY worker ORDER BY min(returned), worker").fetchall()
+    order = db.execute("SELECT worker FROM batches GROUP BY worker ORDER BY min(returned) > ?, min(returned)", [killed_at]).fetchall()
+    workers = sorted((worker for (worker,) in order), key=lambda worker: f"-{killed}-" in worker)
     bins = [number * step for number in range(math.ceil(max(at for _, at, _ in rows) / step) + 1)]
     figure, axes = _figure(11, 3.4)
     parts = []
-    for (worker,) in first:
+    for worker in workers:
         found = {at: rate for name, at, rate in rows if name == worker}
         parts.append([found.get(at, 0.0) for at in bins])
-    names = [f"worker {worker.split('-')[1]}" for (worker,) in first]
-    axes.stackplot(bins, parts, labels=names, colors=WORKERS[: len(parts)], alpha=0.9, step="post", linewidth=0)  # type: ignore[arg-type]
+    names = [f"process {worker.split('-')[1]}" + (", killed" if f"-{killed}-" in worker else "") for worker in workers]
+    colours = [KILLED if f"-{killed}-" in worker else OTHERS[at % len(OTHERS)] for at, worker in enumerate(workers)]
+    axes.stackplot(bins, parts, labels=names, colors=colours, alpha=0.9, step="post", linewidth=0)  # type: ignore[arg-type]
     if killed_at:
         axes.axvline(killed_at - start, color=INK, linewidth=1.4, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -116,7 +123,7 @@ def draw_throughput(db: duckdb.DuckDBPyConnection, killed_at: float, path: Path)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} s")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.legend(frameon=False, fontsize=10, ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0), labelcolor=INK)
-    _title(figure, "Messages per second", "on disk, per worker process (in the legend: process ids)")
+    _title(figure, "Messages per second", "on disk, per worker process")
     return _save(figure, path)
 
 
@@ -139,13 +146,18 @@ def _title(figure: Figure, title: str, below: str) -> None:
 
 def _mark(axes: Axes, value: float, at: float, colour: str, *, left: bool) -> None:
     axes.annotate(
-        f"{value:+.0f}" if round(value) else "0", (value, at), xytext=(-9 if left else 9, 0), textcoords="offset points",
-        ha="right" if left else "left", va="center", fontsize=10, color=colour, weight="bold",
+        signed(value), (value, at), xytext=(-9 if left else 9, 0), textcoords="offset points",
+        ha="right" if left else "left", va="center", fontsize=10, color=colour, weight="bold", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )  # fmt: skip
 
 
+def signed(value: float) -> str:
+    """Whole minutes with their sign."""
+    return f"{value:+.0f}".replace("-", "−") if round(value) else "0"
+
+
 def _short(name: str) -> str:
-    for tail in (" Inc.", " Co.", " Corporation", " Airlines", " Airways", " Air Lines"):
+    for tail in (" Inc.", " Co.", " Corporation", " Airlines", " Air Lines"):
         name = name.removesuffix(tail)
     return name
 

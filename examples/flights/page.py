@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 
 from examples.flights.audit import Figures
-from examples.flights.chart import airlines
+from examples.flights.chart import airlines, signed
 
 _STYLE = """
 :root { --ink: #1b2733; --soft: #66788a; --line: #e3e9ef; --accent: #1f6f8b; --good: #2e8b57; --bad: #c0392b; }
@@ -18,7 +18,7 @@ body { margin: 0; background: #f4f6f8; color: var(--ink); font: 16px/1.5 system-
 main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { margin: 0; font-size: 30px; letter-spacing: -.01em; } h2 { margin: 0 0 12px; font-size: 19px; }
 p { margin: 6px 0 0; color: var(--soft); max-width: 760px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 26px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 26px 0; }
 .tile, section { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
 .tile { padding: 14px 16px; } .tile b { display: block; font-size: 25px; font-variant-numeric: tabular-nums; line-height: 1.25; }
 .tile span { color: var(--soft); font-size: 13px; } .tile.good b { color: var(--good); } .tile.bad b { color: var(--bad); }
@@ -41,8 +41,8 @@ def write_page(db: duckdb.DuckDBPyConnection, figures: Figures, delays: Path, th
         ("messages a second", f"{figures.rate:,.0f}", ""),
         ("latency p50", _seconds(figures.p50), ""),
         ("latency p99", _seconds(figures.p99), ""),
-        ("went on after the kill in", _seconds(figures.resumed), ""),
-        ("all made good after", _seconds(figures.recovered), ""),
+        ("longest pause after the kill", _seconds(figures.pause), ""),
+        ("until all it held was made good", _seconds(figures.recovered), ""),
     ]
     path.write_text(
         f"""<!doctype html>
@@ -72,8 +72,8 @@ def _tile(name: str, value: str, kind: str) -> str:
 
 def _airlines(db: duckdb.DuckDBPyConnection) -> str:
     rows = "".join(
-        f"<tr><td>{escape(one.name)} <code>{escape(one.code)}</code></td><td>{one.flights:,}</td><td>{one.median:+.0f} min</td>"
-        f"<td>{one.p90:+.0f} min</td><td>{one.on_time:.0%}</td><td>{one.cancelled:.1%}</td></tr>"
+        f"<tr><td>{escape(one.name)} <code>{escape(one.code)}</code></td><td>{one.flights:,}</td><td>{signed(one.median)} min</td>"
+        f"<td>{signed(one.p90)} min</td><td>{one.on_time:.0%}</td><td>{one.cancelled:.1%}</td></tr>"
         for one in airlines(db)
     )
     head = "<th>airline</th><th>flights</th><th>median delay</th><th>90th percentile</th><th>≤ 15 min late</th><th>cancelled</th>"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._decisions.backoff import RestartRule
 from ._runtime.drain import Drained
+from ._runtime.flow import uncancelled
 from ._runtime.supervisor import PipelineStats, Supervisor
 from .errors import AppError, PipelineFailed
 from .gate import Pause
@@ -45,15 +46,26 @@ class ConsumerManager:
         self._failure: BaseException | None = None
         self._failed = asyncio.Event()
         self._active = False
+        self._stopping = False
         self._hurry = False
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     # -- what users call -----------------------------------------------------------------------------------------
 
     async def start(self, name: str) -> None:
         """Start a consumer; returns when its source is open. Idempotent. Raises what opening it raises."""
-        self._check(name)
-        if name in self._running:
-            return
+        async with self._locks[name]:
+            self._check_startable(name)
+            if name not in self._running:
+                await self._launch(name)
+            running = self._running[name]
+        opened = asyncio.create_task(running.supervisor.started.wait())
+        await asyncio.wait((opened, running.task), return_when=asyncio.FIRST_COMPLETED)
+        opened.cancel()
+        if running.task.done() and not running.supervisor.started.is_set():
+            running.task.result()
+
+    async def _launch(self, name: str) -> None:
         definition = self._app.consumers[name]
         group = definition.value("group") or self._app.group
         transport = self._app.transport
@@ -65,6 +77,7 @@ class ConsumerManager:
             if finding.level == "error":
                 raise AppError(f"{name}: {finding.text}")
             log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s: %s", name, finding.text)
+        self._check_startable(name)  # the app may have begun to stop meanwhile
 
         async def open_source() -> Source:
             return await transport.subscribe(subscription)
@@ -75,11 +88,6 @@ class ConsumerManager:
         task = asyncio.create_task(supervisor.run(), name=f"{name}: pipeline")
         self._running[name] = _Running(supervisor, task)
         task.add_done_callback(lambda ended: self._on_ended(name, ended))
-        opened = asyncio.create_task(supervisor.started.wait())
-        await asyncio.wait((opened, task), return_when=asyncio.FIRST_COMPLETED)
-        opened.cancel()
-        if task.done() and not supervisor.started.is_set():
-            task.result()
 
     async def stop(self, name: str) -> Drained | None:
         """Drain a consumer and stop it; returns how the drain went, None when it did not run. Idempotent."""
@@ -161,7 +169,8 @@ class ConsumerManager:
             raise AppError("this app is running already")
         for name in names:
             self._check_known(name)
-        self._active, self._context, self._hurry = True, context, False
+        self._active, self._context, self._hurry, self._stopping = True, context, False, False
+        self._locks.clear()
         self._failure, self._failed = None, asyncio.Event()
         self._ended.clear()
         self._drained.clear()
@@ -171,11 +180,12 @@ class ConsumerManager:
             yield
         finally:
             await self._stop_all()
-            self._active = False
+            self._active = self._stopping = False
         if self._failure is not None:
             raise self._failure
 
     async def _stop_all(self) -> None:
+        self._stopping = True
         tasks = [running.task for running in self._running.values()]
         for running in list(self._running.values()):
             running.supervisor.stop()
@@ -185,7 +195,7 @@ class ConsumerManager:
         except asyncio.CancelledError:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await uncancelled(asyncio.wait(tasks))
             raise
 
     def _on_ended(self, name: str, task: asyncio.Task[None]) -> None:
@@ -194,6 +204,8 @@ class ConsumerManager:
         if running.supervisor.drained is not None:
             self._drained[name] = running.supervisor.drained
         if task.cancelled():
+            if not self._stopping:
+                self._fail(PipelineFailed(f"{name}: its task was cancelled"))
             return
         error = task.exception()
         if error is None:
@@ -226,6 +238,11 @@ class ConsumerManager:
         self._check_known(name)
         if not self._active:
             raise AppError("the app is not running; use `async with app.running() as manager:`")
+
+    def _check_startable(self, name: str) -> None:
+        self._check(name)
+        if self._stopping:
+            raise AppError(f"the app is stopping; {name!r} is not started any more")
 
     def _check_known(self, name: str) -> None:
         if name not in self._app.consumers:

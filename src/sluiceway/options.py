@@ -38,6 +38,8 @@ class Batching(Struct, frozen=True, kw_only=True):
             problem = check(getattr(self, name))
             if problem:
                 raise OptionError(f"Batching: {name} must be {problem}, got {getattr(self, name)!r}")
+        if self.key is not None and not callable(self.key):
+            raise OptionError(f"Batching: key must be a function of what the handler returned, got {self.key!r}")
 
 
 class ConsumerOptions(TypedDict, total=False):
@@ -131,11 +133,13 @@ def _callables(value: Any) -> str | None:
 
 
 def _gates(value: Any) -> str | None:
+    good = isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_gate, value))
+    return None if good else "a sequence of gates"
+
+
+def _is_gate(value: Any) -> bool:
     methods = ("allow", "took", "opens_at", "on_change")
-    good = isinstance(value, Sequence) and all(
-        callable(getattr(gate, method, None)) for gate in value for method in methods
-    )
-    return None if good and not isinstance(value, str) else "a sequence of gates"
+    return not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
 
 
 def _batchers(value: Any) -> str | None:

@@ -192,7 +192,7 @@ class LanesMachine(RuleBasedStateMachine):
         assert self.lanes._lanes == {}
 
 
-LanesMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+LanesMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestOneOfAKeyAtATimeInOrderOfArrivalNothingLostNothingStartedTwice = LanesMachine.TestCase
 
 

@@ -340,6 +340,8 @@ async def running(pipeline: Pipeline, broker: Broker, *, check: bool = True) -> 
     task = asyncio.create_task(pipeline.run())
     try:
         await broker.until(lambda: broker.sources or task.done())
+        while not task.done() and window() == 1 << 30:
+            await asyncio.sleep(0)
         yield task
     finally:
         pipeline.stop()

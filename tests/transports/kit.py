@@ -14,7 +14,8 @@ from sluiceway.source import Source, Subscription
 from sluiceway.transport import Transport
 from sluiceway.transports.memory import MemorySource, MemoryTransport
 
-MOMENT = 0.1  # seconds in which nothing that should not come has come; as long as a short retry waits
+MOMENT = 0.1  # seconds in which nothing that should not come has come; what is delayed waits for some of these
+EARLY = 0.01  # seconds that a wall clock and the loop's may differ by
 SOON = 20.0  # seconds after which what should come is said to be lost
 
 
@@ -172,6 +173,11 @@ async def waiting(source: Source, demand: int = 1000) -> asyncio.Task[list[Messa
     done, _ = await asyncio.wait([call], timeout=MOMENT)
     assert not done
     return call
+
+
+def now() -> float:
+    """Seconds on the clock by which delays pass."""
+    return asyncio.get_running_loop().time()
 
 
 def bodies(messages: Sequence[Any]) -> list[bytes]:

@@ -43,14 +43,19 @@ async def publish(transport: MemoryTransport, topic: str, *contents: bytes, **fi
 async def drain(source: MemorySource) -> list[Message[object]]:
     """All that can be received without waiting."""
     messages: list[Message[object]] = []
-    while call := start(source):
-        await asyncio.sleep(0)
-        source.resize(0)
-        some = await call
-        source.resize(1000)
-        if not some:
-            return messages
+    while some := await take(source, 1000):
         messages += some
+    return messages
+
+
+async def take(source: MemorySource, demand: int) -> list[Message[object]]:
+    """What one receive gets without waiting."""
+    call = start(source, demand)
+    await asyncio.sleep(0)
+    source.resize(0)
+    messages = await call
+    source.resize(1000)
+    return messages
 
 
 # -- making one --------------------------------------------------------------------------------------------------
@@ -71,7 +76,7 @@ def test_another_url_is_refused_and_the_error_says_what_is_allowed(url: str) -> 
 @pytest.mark.parametrize("option", ["lease", "max_payload"])
 def test_an_option_that_cannot_be_is_refused(option: str) -> None:
     with pytest.raises(OptionError, match=f"MemoryTransport: {option} must be .*, got 0"):
-        MemoryTransport(**{option: 0})  # type: ignore[arg-type]
+        MemoryTransport(**{option: 0})
 
 
 async def test_a_subscription_without_topics_is_refused(transport: MemoryTransport) -> None:
@@ -320,12 +325,8 @@ async def _play(ordered: bool, moves: list[tuple[str, int, int]]) -> None:
     held: list[list[Message[object]]] = [[], []]
     numbers, acked, published = count(), list[Message[object]](), 0
 
-    async def take(index: int, demand: int) -> None:
-        call = start(sources[index], demand)
-        await asyncio.sleep(0)
-        sources[index].resize(0)
-        held[index] += await call
-        sources[index].resize(1000)
+    async def receive(index: int, demand: int) -> None:
+        held[index] += await take(sources[index], demand)
         assert transport.held("g") == len(held[0]) + len(held[1])
         if ordered:
             keys = [{message.key for message in mine} for mine in held]
@@ -346,7 +347,7 @@ async def _play(ordered: bool, moves: list[tuple[str, int, int]]) -> None:
             published += 3
             await publish(transport, "t", *(b"%d" % next(numbers) for _ in range(3)), key=f"k{number % 3}")
         elif move == "receive":
-            await take(index, 1 + number)
+            await receive(index, 1 + number)
         elif move == "wait":
             await asyncio.sleep(number)
         elif move == "expire":
@@ -356,7 +357,7 @@ async def _play(ordered: bool, moves: list[tuple[str, int, int]]) -> None:
             await settle(index, move, held[index][number % len(held[index])])
     while transport.held("g") or (await sources[0].backlog()).messages:
         for index in (0, 1):
-            await take(index, 100)
+            await receive(index, 100)
             for message in list(held[index]):
                 await settle(index, "ack", message)
         await asyncio.sleep(10)

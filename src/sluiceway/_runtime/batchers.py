@@ -186,9 +186,7 @@ class Batcher:
             self._set_limit(run)
             return
         self._runs.discard(run)
-        error = HandlerTimeout(
-            f"{self.spec.name}: a batch of {len(run.messages)} ran over {self.spec.timeout} s and ignored its cancellation"
-        )
+        error = self._timeout_error(run, " and ignored its cancellation")
         failed = self.settler.ack_batch(run.messages, error)
         self._failing.add(self._watch(self.failures.failed(failed), "what an abandoned batch failed"))
         self._start()
@@ -215,8 +213,11 @@ class Batcher:
             raise error  # a thread runs on with it: it stays unsettled
         self._forget_cancel(run)
         if reason == "timeout":
-            return HandlerTimeout(f"{self.spec.name}: a batch of {len(run.messages)} ran over {self.spec.timeout} s")
+            return self._timeout_error(run)
         return Release("shutdown")
+
+    def _timeout_error(self, run: _Run, more: str = "") -> HandlerTimeout:
+        return HandlerTimeout(f"{self.spec.name}: a batch of {len(run.messages)} ran over {self.spec.timeout} s{more}")
 
 
 class Batchers:

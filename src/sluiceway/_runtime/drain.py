@@ -22,7 +22,7 @@ CUT_OFF = 2.0  # seconds that cancelled handlers have to clean up, and as many a
 
 
 class Drained(Struct, frozen=True):
-    """How a drain went: `released` went back unstarted, `cancelled` were cut off, `unsettled` stayed with the broker."""
+    """How a drain went: `released` went back unstarted, `cancelled` were cut off, `unsettled` were left as they are."""
 
     seconds: float
     released: int
@@ -76,8 +76,8 @@ class Drain:
             async with asyncio.timeout(seconds) as self._deadline:
                 await self._finish(receiving, sending)
         except TimeoutError:
-            if not self._deadline.expired():
-                raise
+            if self._deadline is not None and not self._deadline.expired():
+                raise  # not ours: the source's
             self._deadline = None
             cancelled = await self._cut_off(sending)
         self._deadline = None

@@ -8,9 +8,9 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
-from .._decisions.policy import give_up, settle_failure
+from .._decisions.policy import give_up, reason_of, settle_failure
 from ..errors import DecodeError, Directive, OptionError, Release
 from ..message import SETTLING, Message, Settlement
 from ..telemetry import MessageFailed, Telemetry
@@ -83,9 +83,8 @@ class Failures:
                 "%s: handle_error raised for message %s; the retry policy decides", self.spec.name, message.id
             )
             return None
-        if choice is None or (isinstance(choice, str) and choice == "ack") or isinstance(choice, Directive):
-            decided: ErrorChoice = choice
-            return decided
+        if choice is None or (type(choice) is str and choice == "ack") or isinstance(choice, Directive):
+            return cast(ErrorChoice, choice)
         wrong = OptionError(f'handle_error must return "ack", Reject, RetryLater, Release or None, got {choice!r}')
         log.error("%s: %s; the retry policy decides for message %s", self.spec.name, wrong, message.id)
         return None
@@ -119,7 +118,7 @@ class Failures:
             logging.INFO if expected else logging.ERROR,
             "%s: message %s of %r failed at attempt %d of %d (%s: %s); %s",
             self.spec.name, message.id, message.topic, message.attempt, self.spec.rules.retry.attempts,
-            type(error).__name__, error, _next_step(settlement),
+            type(error).__name__, (settlement.reason or reason_of(error)).message, _next_step(settlement),
             exc_info=None if plain else error,
         )  # fmt: skip
         if self.telemetry.wants(MessageFailed):

@@ -68,6 +68,7 @@ class Flow:
     def stop(self) -> None:
         """Begin the drain. Idempotent."""
         self._stop.set()
+        self.intake.stop()  # now: what is released must not come back to us
 
     def hurry(self) -> None:
         """Cut the drain short, as if its time were up. Idempotent; does nothing before the drain."""
@@ -85,7 +86,7 @@ class Flow:
         stopping = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait((sending, receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if not stopping.done():
+            if not self._stop.is_set():
                 self._crashed(self._why_ended(sending if sending.done() else receiving))
             drained = await self._drain.run(receiving, sending, shutdown_timeout())
             if receiving.done() and self._crash is None and (receiving.cancelled() or receiving.exception()):
@@ -106,7 +107,7 @@ class Flow:
         if self._crash is None:
             self._crash = RuntimeError(f"a stage raised {error!r}") if not isinstance(error, Exception) else error
             self._crash.__cause__ = self._crash.__cause__ or (error if error is not self._crash else None)
-        self._stop.set()
+        self.stop()
 
     def _why_ended(self, stage: asyncio.Task[None]) -> BaseException:
         if stage.cancelled():
@@ -149,8 +150,9 @@ class Flow:
         return any(calls.holds(message) for calls in self.spec.threads)
 
     def _make_processors(self) -> Processors:
-        made = AsyncProcessors if self.spec.mode == "async" else ThreadProcessors
-        processors: Processors = made(self.spec, self.settler, self.batchers, self.failures)
+        kind: type[AsyncProcessors | ThreadProcessors]
+        kind = AsyncProcessors if self.spec.mode == "async" else ThreadProcessors
+        processors = kind(self.spec, self.settler, self.batchers, self.failures)
         processors.on_exhausted = self._exhausted
         processors.on_crash = self._crashed
         processors.still_on_thread = self._on_thread
@@ -159,10 +161,8 @@ class Flow:
         return processors
 
     def _thread_abandoned(self) -> None:
-        if (
-            not self._stop.is_set()
-            and sum(len(calls.abandoned) for calls in self.spec.threads) >= self.spec.concurrency
-        ):
+        abandoned = sum(len(calls.abandoned) for calls in self.spec.threads)
+        if abandoned >= self.spec.concurrency and not self._stop.is_set():
             self._exhausted()
 
     def _exhausted(self) -> None:
@@ -177,7 +177,7 @@ class Flow:
         self.on_exit(error)
 
 
-async def uncancelled(work: Coroutine[Any, Any, None]) -> None:
+async def uncancelled(work: Coroutine[Any, Any, Any]) -> None:
     """Await `work` to its end also when cancelled meanwhile, however often; only then be cancelled."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None

@@ -184,6 +184,8 @@ class Intake:
 
         What has not started half a lease later goes back to the broker: another process may have an open gate.
         """
+        if self.stopping:
+            return
         if not self.closed:
             self._resume()
         elif not self._paused:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
+from .._decisions.backoff import reconnect_delay
 from ..errors import SluicewayError
 from ..message import QUEUED, SETTLED, Message, Settlement
 from ..source import Source
@@ -89,7 +91,10 @@ class SuspectQuarantine:
             text = f"the process died {message.suspicions} times while it ran this message alone"
             self.failures.killed_its_process(message, KilledItsProcess(text))
             return
-        if message.state != QUEUED or not await self.source.suspect(message):
+        written = message.state == QUEUED and await self._write_down(message)
+        if written is None:
+            return  # a drain: it goes back with the others
+        if not written:
             self.settler.forget((message,))
             return
         message.suspect = False
@@ -99,9 +104,25 @@ class SuspectQuarantine:
             )
         self.processors.put((message,))
 
+    async def _write_down(self, message: Message[Any]) -> bool | None:
+        """Write down a suspicion, again and again while the broker raises; None when a drain came before."""
+        tries = 0
+        while not self._stopping:
+            try:
+                return await self.source.suspect(message)
+            except Exception as error:
+                delay = reconnect_delay(tries, random.random())
+                tries += 1
+                log.warning(
+                    "%s: writing down that message %s is suspected failed: %s; trying again in %.2f s",
+                    self.spec.name, message.id, error, delay,
+                )  # fmt: skip
+                await asyncio.sleep(delay)
+        return None
+
     async def _settled_but(self, waiting: Sequence[Message[Any]]) -> None:
-        """Return when nothing is held but `waiting`."""
-        while len(self.settler.held) > sum(message.state != SETTLED for message in waiting):
+        """Return when nothing is held but `waiting`, and nothing runs: also no handler that has settled early."""
+        while self.processors.running or len(self.settler.held) > sum(one.state != SETTLED for one in waiting):
             self._changed.clear()
             self.batchers.emit_all("flush")
             await self._changed.wait()

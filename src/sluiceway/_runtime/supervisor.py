@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Awaitable, Callable
 
 from msgspec import Struct
@@ -140,7 +139,9 @@ class Supervisor:
         return status.state, status.error
 
     async def _run_once(self) -> None:
-        source = await self._open()
+        source = await self._open_unless_stopped()
+        if source is None:
+            return
         flow = self._flow = Flow(self.spec, source, self.telemetry)
         flow.on_exit = self.on_exit
         if self._stopping.is_set():
@@ -159,8 +160,23 @@ class Supervisor:
             self._before = (self._before[0] + flow.intake.received, self._before[1] + flow.settler.finished)
             self._flow = None
 
+    async def _open_unless_stopped(self) -> Source | None:
+        """A new source; None when `stop()` came first: a broker that cannot be reached must not hold up a drain."""
+        opening = asyncio.ensure_future(self._open())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            if not opening.done():
+                opening.cancel()
+                opening.add_done_callback(_close_late)
+        if opening.cancelled():
+            raise RuntimeError("opening the source was cancelled")
+        return opening.result() if opening.done() else None
+
     async def _crashed(self, error: Exception) -> None:
-        delay = self._rule.crashed(time.monotonic(), random.random())
+        delay = self._rule.crashed(asyncio.get_running_loop().time(), random.random())
         if self.telemetry.wants(PipelineCrashed):
             self.telemetry.emit(PipelineCrashed(consumer=self.spec.name, error=error, delay=delay))
         self._reason = f"{type(error).__name__}: {error}"
@@ -177,6 +193,17 @@ class Supervisor:
             await asyncio.wait_for(self._stopping.wait(), delay)
         except TimeoutError:
             return
+
+
+def _close_late(opening: asyncio.Future[Source]) -> None:
+    """A source that opened though nobody waits for it any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        closing = asyncio.ensure_future(opening.result().aclose())
+        _closing.add(closing)
+        closing.add_done_callback(_closing.discard)
+
+
+_closing: set[asyncio.Future[None]] = set()  # the loop itself holds tasks only weakly
 
 
 def _raise(error: BaseException) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -14,20 +14,21 @@ from ..errors import HandlerTimeout
 from ..message import QUEUED, RUNNING, Message
 from .batchers import Batchers
 from .failures import Failures
-from .processors import SWEEPS
+from .processors import NEARLY, SWEEPS
 from .settler import PipelineSettler
 from .spec import PipelineSpec
 from .thread_calls import returned_awaitable
 
 
 class _Slot:
-    __slots__ = ("abandoned", "message", "seen", "since")
+    """What one thread is doing. `claim` holds its message: whoever takes it out says how the message ended."""
+
+    __slots__ = ("claim", "seen", "since")
 
     def __init__(self) -> None:
-        self.message: Message[Any] | None = None
+        self.claim: list[Message[Any]] = []
         self.seen: Message[Any] | None = None
         self.since = 0.0
-        self.abandoned = False
 
 
 class ThreadProcessors:
@@ -35,8 +36,8 @@ class ThreadProcessors:
 
     Threads take messages themselves, and the loop hears of what they finished in one call per burst, not per message.
     A thread cannot be cancelled: one that runs over `timeout` is abandoned. Its message fails, another thread takes its
-    place, and what it returns one day is dropped. `on_exhausted` is called when as many were abandoned as there are
-    processors: the process cannot be trusted with more.
+    place, and what it returns one day is dropped. `on_exhausted` is called when as many are abandoned and have not
+    returned as there are processors: the process cannot be trusted with more.
     """
 
     def __init__(self, spec: PipelineSpec, settler: PipelineSettler, batchers: Batchers, failures: Failures) -> None:
@@ -46,8 +47,12 @@ class ThreadProcessors:
         self.failures = failures
         self.on_idle: Callable[[], None] = _nothing
         self.on_finished: Callable[[Message[Any]], None] | None = None
+        self.on_crash: Callable[[BaseException], None] = _raise
         self.on_exhausted: Callable[[], None] = _nothing
-        self.abandoned = 0
+        self.still_on_thread: Callable[[Message[Any]], bool] = _always
+        self._abandoned: set[_Slot] = set()  # until they return, if ever
+        self._threads = 0
+        self._closed = False
         self._queue: SimpleQueue[Message[Any] | None] = SimpleQueue()
         self._done: deque[tuple[Message[Any], Any, BaseException | None]] = deque()
         self._told = False
@@ -96,38 +101,37 @@ class ThreadProcessors:
         """A thread cannot be cut off: what it runs stays unsettled, and comes back when the process is gone."""
         return 0
 
-    def close(self) -> None:
+    def close(self) -> Collection[asyncio.Task[None]]:
         if self._sweep is not None:
             self._sweep.cancel()
-        for slot in self._slots:
-            slot.abandoned = True
+        self._closed = True
+        for _ in range(self._threads):
             self._queue.put(None)
         for task in self._failing:
             task.cancel()
+        return list(self._failing)
 
     def _start(self) -> None:
         slot = _Slot()
         self._slots.append(slot)
+        self._threads += 1
         # Daemons: a handler that never returns must not keep the process from ending after its drain.
-        name = f"{self.spec.name}: processor {len(self._slots) + self.abandoned}"
+        name = f"{self.spec.name}: processor {self._threads}"
         threading.Thread(target=self._work, args=(slot,), name=name, daemon=True).start()
 
     def _work(self, slot: _Slot) -> None:
         get, done, handle, decode = self._queue.get, self._done, self.spec.handle, self.spec.decode
-        settler = self.settler
-        while not slot.abandoned:
+        settler, claim = self.settler, slot.claim
+        while not self._closed:
             message = get()
             if message is None:
-                return
-            if self._gone(slot):
-                self._queue.put(message)  # it was abandoned while it waited here
                 return
             if message.state != QUEUED:
                 done.append((message, None, None))
             else:
                 message.state = RUNNING
                 message.settler = settler
-                slot.message = message
+                claim.append(message)
                 try:
                     message.payload = message.body if decode is None else decode(message.body)
                     value = handle(message)
@@ -136,8 +140,10 @@ class ThreadProcessors:
                     outcome: tuple[Message[Any], Any, BaseException | None] = (message, value, None)
                 except BaseException as error:
                     outcome = (message, None, error)
-                slot.message = None
-                if self._gone(slot):
+                try:
+                    claim.pop()
+                except IndexError:
+                    self._returned_late(slot)
                     return
                 done.append(outcome)
             if not self._told:
@@ -147,8 +153,11 @@ class ThreadProcessors:
                 except RuntimeError:
                     return  # the loop is closed: the process ends, and the broker hands the message out again
 
-    def _gone(self, slot: _Slot) -> bool:
-        return slot.abandoned
+    def _returned_late(self, slot: _Slot) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._abandoned.discard, slot)
+        except RuntimeError:
+            return  # the loop is closed
 
     def _collect(self) -> None:
         """Take what threads have finished since the last call."""
@@ -157,7 +166,8 @@ class ThreadProcessors:
         for _ in range(len(self._done)):
             message, value, error = self._done.popleft()
             self._inside -= 1
-            error = error or message.error
+            if error is None:
+                error = message.error
             if error is None:
                 error = self._finish(message, value)
             if error is not None:
@@ -187,25 +197,29 @@ class ThreadProcessors:
 
     def _failing_ended(self, task: asyncio.Task[None]) -> None:
         self._failing.discard(task)
+        crash = None if task.cancelled() else task.exception()
+        if crash is not None:
+            self.on_crash(crash)
         self.on_idle()
 
     def _sweep_slots(self, timeout: float) -> None:
         """Abandon threads that run over `timeout`."""
         now = self._loop.time()
         for slot in list(self._slots):
-            message = slot.message
+            message = next(iter(slot.claim), None)
             if message is not slot.seen:
                 slot.seen, slot.since = message, now
-            elif message is not None and now - slot.since >= timeout * (1 - 1 / SWEEPS):
+            elif message is not None and now - slot.since >= timeout * NEARLY:
                 self._abandon(slot, message, timeout)
         self._sweep = self._loop.call_later(timeout / SWEEPS, self._sweep_slots, timeout)
 
     def _abandon(self, slot: _Slot, message: Message[Any], timeout: float) -> None:
-        slot.abandoned = True
-        if slot.message is not message:
-            return  # it finished this very moment, and has said so
+        try:
+            slot.claim.pop()
+        except IndexError:
+            return  # it finished this very moment
         self._slots.remove(slot)
-        self.abandoned += 1
+        self._abandoned.add(slot)
         error = HandlerTimeout(
             f"{self.spec.name}: message {message.id} ran over {timeout} s; a thread cannot be cancelled, "
             "so it is abandoned and another takes its place"
@@ -213,9 +227,17 @@ class ThreadProcessors:
         self._done.append((message, None, error))
         self._collect()
         self._start()
-        if self.abandoned >= self.spec.concurrency:
+        if len(self._abandoned) >= self.spec.concurrency:
             self.on_exhausted()
 
 
 def _nothing() -> None:
     pass
+
+
+def _always(message: Message[Any]) -> bool:
+    return True
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -68,4 +68,5 @@ class Counts:
         self._settled[event.consumer, event.outcome] += event.count
 
     def _on_failed(self, event: MessageFailed) -> None:
-        self.failed[event.consumer] += 1
+        if event.outcome != "release":  # a drain hands back what it cuts off: that is nobody's failure
+            self.failed[event.consumer] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 
+import click
 from msgspec import Struct
 
 from .._decisions.policy import DEAD_PREFIX, without_dead_headers
@@ -75,10 +76,7 @@ def topics_of(app: App, name: str | None, group: str | None, *, exact: bool) -> 
     None means those of every consumer of the app.
     """
     if name is None:
-        found = [topic for one in app.consumers.values() for topic in dead_letter_topics(app, one)]
-        if not found:
-            raise Fault("name a dead-letter topic, a consumer or a topic: no app with consumers was found here")
-        return tuple(dict.fromkeys(topic for topic in found if "{topic}" not in topic))
+        return _of_all(app)
     if exact or is_dead_letter_topic(name):
         return (check_topic(name, pattern=False),)
     if name in app.consumers:
@@ -96,6 +94,16 @@ def topics_of(app: App, name: str | None, group: str | None, *, exact: bool) -> 
         return (name,)
     check_topic(name, pattern=False)
     return (dead_letter_topic(name, group or app.group),)
+
+
+def _of_all(app: App) -> tuple[str, ...]:
+    found = [topic for one in app.consumers.values() for topic in dead_letter_topics(app, one)]
+    if not found:
+        raise Fault("name a dead-letter topic, a consumer or a topic: no app with consumers was found here")
+    for topic in found:
+        if "{topic}" in topic:
+            click.echo(f"{topic}: a consumer reads a pattern; name such a topic to see its dead letters", err=True)
+    return tuple(dict.fromkeys(topic for topic in found if "{topic}" not in topic))
 
 
 def _of_consumer(app: App, name: str, group: str | None) -> tuple[str, ...]:
@@ -122,7 +130,7 @@ async def choose(app: App, topics: Sequence[str], ids: Sequence[str], limit: int
     """Fix what a command is about before it begins, so that what arrives meanwhile is left alone.
 
     A message that fails again while it is replayed comes back to the same topic: without this it would be replayed for
-    ever. `ids` may be the beginnings of ids.
+    ever. None in `ids` means all.
     """
     positions: dict[str, set[str]] = {topic: set() for topic in topics}
     where: dict[str, int] = {}
@@ -130,10 +138,9 @@ async def choose(app: App, topics: Sequence[str], ids: Sequence[str], limit: int
     found: set[str] = set()
     for topic in topics:
         async for letter in read(app, topic):
-            hits = [one for one in ids if letter.stored.id.startswith(one)]
-            if ids and not hits:
+            if ids and letter.stored.id not in ids:
                 continue
-            found.update(hits)
+            found.add(letter.stored.id)
             if limit is not None and left >= limit:
                 break
             left += 1
@@ -143,11 +150,8 @@ async def choose(app: App, topics: Sequence[str], ids: Sequence[str], limit: int
                 target = again.topic if again.group is None else f"{again.topic} for group {again.group}"
                 where[target] = where.get(target, 0) + 1
             positions[topic].add(letter.stored.position)
-    return Chosen({topic: frozenset(ones) for topic, ones in positions.items()}, where, homeless, _missing(ids, found))
-
-
-def _missing(ids: Sequence[str], found: set[str]) -> tuple[str, ...]:
-    return tuple(one for one in ids if one not in found)
+    missing = tuple(one for one in ids if one not in found)
+    return Chosen({topic: frozenset(ones) for topic, ones in positions.items()}, where, homeless, missing)
 
 
 async def batches(app: App, chosen: Chosen) -> AsyncIterator[list[Letter]]:

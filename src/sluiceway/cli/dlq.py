@@ -31,9 +31,9 @@ sqlite:///sluiceway.db here."""
 GROUP_EPILOG = f"""\b
 Examples:
   sluiceway dlq list payments
-  sluiceway dlq show payments --id 3f9a
+  sluiceway dlq show payments --id 3f9ac01b77-2a
   sluiceway dlq replay payments --limit 10
-  sluiceway dlq purge payments --id 3f9a --yes
+  sluiceway dlq purge payments --id 3f9ac01b77-2a --yes
 
 {WHERE}"""
 
@@ -60,7 +60,7 @@ def _changing(command: Command) -> Command:
         click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
         click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many, the oldest first."),
         click.option(
-            "ids", "--id", multiple=True, metavar="ID", help="Only this one; its beginning will do. Repeatable."
+            "ids", "--id", multiple=True, metavar="ID", help="Only this one, as `dlq list` shows it. Repeatable."
         ),
     ):
         command = option(command)
@@ -112,10 +112,10 @@ async def _list(app: App, topic: str, limit: int, as_json: bool) -> None:
     click.echo(f"{topic}: {many(errors.total(), 'dead letter')}{part}: {counts}")
 
 
-@dlq.command(epilog=f"\b\nExample:\n  sluiceway dlq show payments --id 3f9a\n\n{WHERE}")
+@dlq.command(epilog=f"\b\nExample:\n  sluiceway dlq show payments --id 3f9ac01b77-2a\n\n{WHERE}")
 @click.argument("topic")
 @click.option(
-    "ids", "--id", multiple=True, required=True, metavar="ID", help="Which; its beginning will do. Repeatable."
+    "ids", "--id", multiple=True, required=True, metavar="ID", help="Which, as `dlq list` shows it. Repeatable."
 )
 @_options
 def show(
@@ -134,7 +134,7 @@ def show(
         found = 0
         for name in topics:
             async for letter in read(app, name):
-                if any(letter.stored.id.startswith(one) for one in ids):
+                if letter.stored.id in ids:
                     found += 1
                     detail = Detail.of(letter, name, body=True)
                     click.echo(msgspec.json.encode(detail).decode() if as_json else letter_text(letter, name))
@@ -147,7 +147,7 @@ def show(
 REPLAY_EPILOG = f"""\b
 Examples:
   sluiceway dlq replay payments
-  sluiceway dlq replay payments --id 3f9a --to payments.repair --yes
+  sluiceway dlq replay payments --id 3f9ac01b77-2a --to payments.repair --yes
 
 A message is published first and deleted from the dead letters then, so that a kill between the two repeats it and loses
 nothing. It goes to the topic it came from, for the group that failed and no other, with its id, key and headers, and

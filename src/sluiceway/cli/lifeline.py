@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from .exits import Fault
 
-VARIABLE = "SLUICEWAY_WORKER"  # number:descriptor, set by the parent for its worker and removed by the worker
+VARIABLE = "SLUICEWAY_WORKER"  # number:descriptor:echoed, set by the parent for its worker and removed by the worker
 
 
 class Lifeline:
@@ -20,8 +20,9 @@ class Lifeline:
     busy its loop is. Before anything listens it ends at once: then nothing is in hand.
     """
 
-    def __init__(self, number: int, line: socket.socket) -> None:
+    def __init__(self, number: int, line: socket.socket, *, echoed: bool) -> None:
         self.number = number
+        self.echoed = echoed  # the parent shows what this process writes, with its number before each line
         self.on_parent_gone: Callable[[], None] | None = None
         self.grace = 0.0
         self._line = line
@@ -35,14 +36,14 @@ class Lifeline:
         if text is None:
             return None
         try:
-            number, descriptor = map(int, text.split(":"))
+            number, descriptor, echoed = map(int, text.split(":"))
             line = socket.socket(fileno=descriptor)
         except (ValueError, OSError) as error:
             raise Fault(
                 f"{VARIABLE}={text!r} is set by `run --workers` for its workers, not by hand ({error})"
             ) from None
         line.set_inheritable(False)
-        return cls(number, line)
+        return cls(number, line, echoed=bool(echoed))
 
     def send(self, line: bytes, *, wait: bool = False) -> bool:
         """Send a report. Without `wait` it is skipped while the parent has not read the last ones: False."""

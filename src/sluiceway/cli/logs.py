@@ -6,13 +6,15 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
+from .lifeline import Lifeline
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def configure(level: str, *, console: Console | None = None, worker: int | None = None) -> None:
+def configure(level: str, *, console: Console | None = None, worker: Lifeline | None = None) -> None:
     """Log to standard error: through `console` on a terminal, else as plain lines with times.
 
     When the app's module has set logging up itself, that stays as it is, but for the level.
@@ -24,10 +26,11 @@ def configure(level: str, *, console: Console | None = None, worker: int | None 
     root.addHandler(_plain(worker) if console is None else _rich(console))
 
 
-def _plain(worker: int | None) -> logging.Handler:
+def _plain(worker: Lifeline | None) -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
-    who = "" if worker is None else f" worker {worker}:"
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"))
+    who = f" worker {worker.number}:" if worker is not None and not worker.echoed else ""
+    times = "%X" if worker is not None and worker.echoed else None
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s", times))
     return handler
 
 

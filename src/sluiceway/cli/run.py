@@ -122,7 +122,7 @@ def run(
         found = find_app(reference, url)
         prepare(found.app, sets, only)
         console = screen.console if isinstance(screen, TerminalScreen) else None
-        logs.configure(log_level, console=console, worker=None if lifeline is None else lifeline.number)
+        logs.configure(log_level, console=console, worker=lifeline)
         if workers is None:
             code = _serve(found, settings, screen, lifeline)
         else:

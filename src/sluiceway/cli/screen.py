@@ -195,7 +195,7 @@ class TerminalScreen:
     def line(self, worker: int, text: str) -> None:
         from rich.text import Text
 
-        self.console.print(Text.assemble((f"{worker} ", "dim"), clean(text)), soft_wrap=True)
+        self.console.print(Text.assemble((f"worker {worker}│ ", "dim"), clean(text)), soft_wrap=True)
 
     def close(self) -> None:
         if self._live is not None:

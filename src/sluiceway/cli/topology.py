@@ -9,6 +9,7 @@ from msgspec import Struct
 from .._decisions.topics import dead_letter_topic, is_pattern
 from ..app import App
 from ..consumer import ClassConsumer, ConsumerDef, FunctionConsumer, is_async
+from ..options import Resolved
 from ..pipeline import check_features, window_bounds
 
 
@@ -75,7 +76,7 @@ def describe(app: App, definition: ConsumerDef) -> ConsumerView:
         order=definition.value("order_by"),
         window=window_bounds(definition, sizes),
         options={
-            name: OptionView(value=_value(name, one.value, definition, group), origin=one.origin)
+            name: OptionView(value=_value(name, one.value, definition, group), origin=_origin(name, one))
             for name, one in definition.options.items()
         },
         guarantees={},
@@ -123,10 +124,10 @@ def _guarantees(app: App, definition: ConsumerDef, view: ConsumerView) -> dict[s
     features = app.transport.features
     floor, ceiling = view.window
     largest = definition.value("max_payload") or features.max_payload
-    window = f"{floor}" if floor == ceiling else f"{floor} to {ceiling}, as the measured rate asks"
+    window = f"{floor:,} messages" if floor == ceiling else f"{floor:,} to {ceiling:,} messages, by the measured rate"
     return {
         "delivery": "at least once: acknowledged only after the handler" + (" and its batch" if view.batchers else ""),
-        "window": f"never more than this in hand: {window} messages, {_bytes(definition.value('max_buffer_bytes'))}",
+        "window": f"never more in hand than {window}, and {_bytes(definition.value('max_buffer_bytes'))}",
         "failure": _failure(definition, view),
         "order": _order(view, features.order),
         "durable": "yes: what was published survives the death of every process"
@@ -171,6 +172,13 @@ def _value(name: str, value: Any, definition: ConsumerDef, group: str) -> str:
     if name == "batchers":
         return ", ".join(definition.batchers) or "none"
     return str(value)
+
+
+def _origin(name: str, option: Resolved) -> str:
+    """Where a value comes from; two defaults are not fixed ones but are read elsewhere."""
+    if option.origin == "default" and option.value is None:
+        return {"group": "app", "name": "handler", "payload": "handler"}.get(name, "default")
+    return option.origin
 
 
 def _type_name(kind: Any) -> str:

@@ -208,7 +208,7 @@ class Workers:
             stderr=pipe if self._piped else None,
             limit=LONGEST_LINE,
             pass_fds=(line.fileno(),),
-            env={**os.environ, **unbuffered, VARIABLE: f"{slot.number}:{line.fileno()}"},
+            env={**os.environ, **unbuffered, VARIABLE: f"{slot.number}:{line.fileno()}:{int(self._piped)}"},
             process_group=0,  # Ctrl-C reaches only us; we pass it on, once
         )
 

@@ -1,4 +1,4 @@
-"""The in-memory broker: groups, routes, delays, and what is held. It takes `now` and knows no loop."""
+"""The in-memory broker: groups, routes, delays, and what is held. It takes `now` and sets no timers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ._group import MAX_ROUTES, Group
 from ._keyed import KeyedQueue
 from ._queue import (
     TIMESTAMP,
+    TOKEN,
     TOPIC,
     Entry,
     Hold,
@@ -27,7 +28,6 @@ from ._queue import (
     place_of,
     suspected,
     take_each,
-    token_of,
 )
 
 Puts = tuple[Callable[[Entry], None], ...]
@@ -227,7 +227,9 @@ class Broker:
             run = take_each(queues, hold, demand, max_bytes)
         if not run:
             return []
-        hold.held.update(zip(map(token_of, run), run, strict=True))
+        held = hold.held
+        for entry in run:
+            held[entry[TOKEN]] = entry
         return list(starmap(Message, run))
 
     def leftover(self, hold: Hold) -> None:
@@ -238,15 +240,18 @@ class Broker:
 
     def ack(self, hold: Hold, messages: Sequence[Message[object]]) -> list[Refused]:
         """End deliveries as successes. Returns those that this source had lost."""
-        pop = hold.held.pop
-        ended = [pop(message.token, None) for message in messages]
-        for queue in hold.queues:
-            if queue.keyed:
-                self._leave(hold, ended)
-                break
-        if None not in ended:
-            return []
-        return [lost(message) for message, entry in zip(messages, ended, strict=True) if entry is None]
+        held = hold.held
+        keyed = any(queue.keyed for queue in hold.queues)
+        refused: list[Refused] = []
+        for message in messages:
+            token = message.token
+            try:
+                if keyed:
+                    self._leave(hold, (held[token],))
+                del held[token]
+            except KeyError:
+                refused.append(lost(message))
+        return refused
 
     def end(self, hold: Hold, one: Settlement, now: float) -> Refused | None:
         """End one delivery and publish its outputs, both or neither."""
@@ -339,13 +344,12 @@ class Broker:
         queue.leave(entry)
         queue.wake()
 
-    def _leave(self, hold: Hold, entries: Iterable[Entry | None]) -> None:
+    def _leave(self, hold: Hold, entries: Iterable[Entry]) -> None:
         group = self.groups[hold.group]
         for entry in entries:
-            if entry is not None:
-                queue = group.route(entry[TOPIC])
-                if isinstance(queue, KeyedQueue):
-                    queue.leave(entry)
+            queue = group.route(entry[TOPIC])
+            if isinstance(queue, KeyedQueue):
+                queue.leave(entry)
 
     # -- looking -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from heapq import heapify, heappop, heappush
-from operator import itemgetter
+from itertools import repeat
 from typing import Any
 
 from ..._decisions.suspicion import is_suspect
@@ -21,7 +21,6 @@ is told from one of the next.
 """
 
 TOPIC, BODY, ID, KEY, HEADERS, TIMESTAMP, SCOPE, TOKEN, DELIVERIES, FAILURES, SUSPICIONS, SUSPECT = range(12)
-token_of = itemgetter(TOKEN)
 
 
 class Private(tuple[Any, ...]):
@@ -129,7 +128,7 @@ class Queue:
             ready.clear()
         else:
             pop = ready.popleft
-            run += [pop() for _ in range(count)]
+            run += [pop() for _ in repeat(None, count)]
         return run
 
     def head(self, hold: Hold) -> int | None:

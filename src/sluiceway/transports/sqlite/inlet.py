@@ -41,7 +41,6 @@ class Inlet:
         self.max_bytes = max_bytes
         self.owner = 0
         self.lease_until = 0.0  # the machine's steady clock
-        self.lapsed_since: float | None = None
         self.runs = 0
         ids = ", ".join(map(str, self.queue_ids))
         self.select = self._select(f"queue_id, state, deliveries, failures, suspicions, {STORED}")

@@ -18,7 +18,7 @@ import apsw
 from ...errors import TransportError
 from .jobs import Job, for_future
 from .reception import Reception
-from .schema import open_database
+from .schema import close_database, open_database
 from .store import Mismatch, Store
 
 log = logging.getLogger("sluiceway.sqlite")
@@ -46,7 +46,6 @@ class IOThread:
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        _keep_in_children.append(self._db)
         self._thread = threading.Thread(target=self._run, name=f"sluiceway-sqlite {Path(path).name}", daemon=True)
         self._thread.start()
 
@@ -78,11 +77,17 @@ class IOThread:
             self._wake()
             await asyncio.to_thread(self._thread.join)
 
+    @property
+    def usable(self) -> bool:
+        """Whether `submit` and `call` would take something."""
+        return os.getpid() == self._pid and self._broken is None and not self._stopping
+
     def _check(self) -> None:
         if os.getpid() != self._pid:
             raise TransportError(
                 f"this SQLite transport was connected in process {self._pid} and is used in {os.getpid()}, a fork of "
-                "it: a connection does not survive a fork; make and connect another transport in the child"
+                "it: SQLite's locks do not survive a fork; start processes with spawn or forkserver, or connect after "
+                "the fork"
             )
         if self._broken is not None:
             raise self._broken
@@ -111,11 +116,12 @@ class IOThread:
                 self.deliver(job, None, self._broken)
             self._flush()
         finally:
-            self.reception.close()
-            self._db.close()
-            _keep_in_children.remove(self._db)
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            try:
+                self.reception.close()
+            finally:
+                close_database(self._db)
+                os.close(self._wake_read)
+                os.close(self._wake_write)
 
     def _turn(self) -> None:
         self._sleep()
@@ -214,8 +220,3 @@ class IOThread:
 def _call_all(calls: list[Callable[[], None]]) -> None:
     for call in calls:
         call()
-
-
-_keep_in_children: list[apsw.Connection] = []
-"""Open connections. A forked child must neither use nor close the ones it inherits; this keeps them from being closed
-by garbage collection there."""

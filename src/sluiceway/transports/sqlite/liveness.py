@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +18,9 @@ descriptor of it, and never refuses a process its own lock: a file in here must 
 
 os.register_at_fork(after_in_child=_own.clear)
 
-_CLOCK = time.CLOCK_BOOTTIME if sys.platform == "linux" else time.CLOCK_MONOTONIC
-
-
-def now() -> float:
-    """Seconds on the machine's steady clock, the same in all processes; it goes on while the machine is suspended."""
-    return time.clock_gettime(_CLOCK)
+now = time.monotonic
+"""Seconds on the machine's steady clock, the same in all its processes. It stands still while the machine is suspended,
+and so do the leases."""
 
 
 @lru_cache
@@ -37,7 +33,7 @@ def boot_id() -> str:
 
 
 class LivenessFile:
-    """`<database>-live-<nonce>`, locked for as long as this process lives or until `close()`. It is empty.
+    """`<database>-live-<nonce>`, locked for as long as this process lives or until `release()`. It is empty.
 
     The lock is a POSIX record lock: a forked child does not inherit it, so it says nothing but that this very process
     lives. Raises OSError when the file cannot be made.
@@ -63,9 +59,8 @@ class LivenessFile:
                 pass  # another process saw it before it was locked, and swept it away: make it again
             os.close(fd)
 
-    def close(self) -> None:
-        """Remove the file and let go of the lock."""
-        self.path.unlink(missing_ok=True)
+    def release(self) -> None:
+        """Let go of the lock: from now on this looks like the file of a dead process."""
         os.close(self._fd)
         _own.discard(self.path)
 
@@ -91,4 +86,12 @@ def sweep(database: Path, known: set[str]) -> None:
     """Remove liveness files that no owner row names: of a process that died between making its file and its row."""
     for path in database.parent.iterdir():
         if path.name.startswith(f"{database.name}-live-") and path.name not in known and is_dead(path):
-            path.unlink(missing_ok=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete the file of a dead process; when that is not allowed it stays, and does no harm."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return

@@ -70,6 +70,7 @@ class Reception:
         self._poll_every = _POLL[0]
         self._poll_at = 0.0
         self._upkeep_at = 0.0
+        self._lapsed: dict[int, float] = {}  # owners, and since when we know: monotonic clock
 
     # -- for the event loop
 
@@ -105,10 +106,20 @@ class Reception:
     # -- for the I/O thread
 
     def close(self) -> None:
+        """Give up the bell and the liveness file. While a row names the file it stays: unlocked, so that others take
+        over at once, or locked when a closed source keeps what still runs."""
         if self._bell is not None:
             self._bell.close()
         if self._live is not None and not self._keeps:
-            self._live.close()
+            self._live.release()
+            if not self._is_named(self._live.path.name):
+                liveness.remove(self._live.path)
+
+    def _is_named(self, live: str) -> bool:
+        try:
+            return self._store.execute("SELECT 1 FROM owners WHERE live = ?", (live,)).fetchone() is not None
+        except apsw.Error:
+            return True
 
     def fail(self, error: BaseException) -> None:
         """Nothing works any more: tell every receive that waits."""
@@ -140,13 +151,19 @@ class Reception:
             if not touched.isdisjoint(tap.inlet.queue_ids):
                 tap.stirred = True
         others = self._store.routing.bells(touched)
+        touched.clear()
         if self._bell is not None:
             others.discard(self._bell.name)
-        elif others:
+        if others:
+            try:
+                self._own_bell().ring(others)
+            except OSError as error:  # no socket to be had: the others find the message at their next poll
+                log.warning("cannot ring the other processes of %s: %s", self._path, error)
+
+    def _own_bell(self) -> Doorbell:
+        if self._bell is None:
             self._bell = Doorbell(self._path, self._nonce)
-        if others and self._bell is not None:
-            self._bell.ring(others)
-        touched.clear()
+        return self._bell
 
     def look_around(self) -> None:
         """Hear the bell; look at the change counter and after the owners when it is time."""
@@ -161,8 +178,8 @@ class Reception:
             if now >= self._upkeep_at:
                 self._upkeep_at = now + self._moment * random.uniform(0.8, 1.0)
                 self._upkeep()
-        except apsw.Error as error:
-            log.warning("cannot look after %s; trying again in a second: %s", self._path, explain(error, self._name))
+        except (apsw.Error, OSError) as error:
+            log.warning("cannot look after %s; trying again in a second: %s", self._path, self._text(error))
 
     def _stir(self) -> None:
         self._poll_every = _POLL[0]
@@ -230,8 +247,8 @@ class Reception:
 
     def _failed(self, tap: Tap, error: BaseException) -> None:
         """Try again later what may mend itself; tell the receiver of what cannot."""
-        text = explain(error, self._name) if isinstance(error, apsw.Error) else repr(error)
-        if not isinstance(error, apsw.Error) or isinstance(error, apsw.CorruptError | apsw.NotADBError):
+        text = self._text(error)
+        if isinstance(error, apsw.CorruptError | apsw.NotADBError) or not isinstance(error, apsw.Error | OSError):
             failure = TransportError(f"cannot receive: {text}")
             failure.__cause__ = error
             self._answer(tap, None, failure)
@@ -241,6 +258,9 @@ class Reception:
         tap.stirred, tap.not_before = True, time.monotonic() + delay
         self._thread.tell(tap.loop, lambda: tap.on_trouble(text))
 
+    def _text(self, error: BaseException) -> str:
+        return explain(error, self._name) if isinstance(error, apsw.Error) else f"{self._name}: {error!r}"
+
     # -- owners
 
     def add_owner(self, inlet: Inlet, store: Store) -> tuple[int, float]:
@@ -248,10 +268,8 @@ class Reception:
         if self._live is None:
             self._live = liveness.LivenessFile(self._path, self._nonce)
             liveness.sweep(self._path, {owner.live for owner in store.routing.owners.values()})
-        if self._bell is None:
-            self._bell = Doorbell(self._path, self._nonce)
         until = liveness.now() + self._lease
-        live, bell = self._live.path.name, self._bell.name
+        live, bell = self._live.path.name, self._own_bell().name
         ordered = inlet.ordered
         return store.routing.add_owner(inlet.queue_ids, ordered=ordered, lease_until=until, live=live, bell=bell), until
 
@@ -268,7 +286,7 @@ class Reception:
     def _stands(self, tap: Tap, owner: int, until: float) -> None:
         """After the commit: the tap's owner is `owner`, and what it held as another is lost."""
         inlet = tap.inlet
-        inlet.lease_until, inlet.lapsed_since = until, None
+        inlet.lease_until = until
         if owner != inlet.owner:
             lost, inlet.owner = inlet.owner, owner
             self._thread.tell(tap.loop, lambda: tap.on_lost(lost))
@@ -277,14 +295,14 @@ class Reception:
         """Take over what dead and hung owners hold, and notice when somebody took over from us."""
         store = self._store
         store.routing.refresh()
-        own = {tap.inlet.owner: tap.inlet for tap in self._taps}
+        own = {tap.inlet.owner for tap in self._taps}
         dead = [owner for owner in store.routing.owners.values() if owner.id not in own and self._is_dead(owner.live)]
-        lapsed = [owner for owner in store.routing.lapsed() if owner not in own or self._gives_up(own[owner])]
+        lapsed = self._given_up(store.routing.lapsed())
         if dead or lapsed:
-            self._take_over({owner.id for owner in dead}, set(lapsed))
+            self._take_over({owner.id for owner in dead}, lapsed)
             for owner in dead:
                 forget(owner.bell)
-                self._path.with_name(owner.live).unlink(missing_ok=True)
+                liveness.remove(self._path.with_name(owner.live))
         for tap in self._taps:
             if tap.inlet.owner not in store.routing.owners:
                 self._stand_again(tap)
@@ -292,12 +310,11 @@ class Reception:
     def _is_dead(self, live: str) -> bool:
         return liveness.is_dead(self._path.with_name(live))
 
-    def _gives_up(self, inlet: Inlet) -> bool:
-        """Our own lease has ended. Wait a moment more: after a stop of the whole process its renewer is back too."""
-        if inlet.lapsed_since is None:
-            inlet.lapsed_since = time.monotonic()
-            return False
-        return time.monotonic() - inlet.lapsed_since >= self._moment / 2
+    def _given_up(self, lapsed: list[int]) -> set[int]:
+        """Those whose lease ended a moment ago already: after a stop of all processes their renewers come back too."""
+        now = time.monotonic()
+        self._lapsed = {owner: self._lapsed.get(owner, now) for owner in lapsed}
+        return {owner for owner, since in self._lapsed.items() if now - since >= self._moment / 2}
 
     def _take_over(self, dead: set[int], lapsed: set[int]) -> None:
         def work(store: Store) -> None:

@@ -9,7 +9,7 @@ import apsw
 
 from ...errors import TransportError
 from . import liveness
-from .schema import explain, open_database
+from .schema import close_database, explain, open_database
 
 
 class SQLiteRenewer:
@@ -43,4 +43,4 @@ class SQLiteRenewer:
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
-        self._db.close()
+        close_database(self._db)

@@ -162,7 +162,7 @@ class Routing:
                     if best_match(queues, topic) == pattern:
                         self._execute(
                             "UPDATE queue SET queue_id = ?1 WHERE queue_id = ?2 AND topic = ?3"
-                            " AND (state IN (1, 3, 4, 6) OR state = 0 AND seq > (SELECT head FROM queues WHERE id = ?2))",
+                            " AND state <> 2 AND (state <> 0 OR seq > (SELECT head FROM queues WHERE id = ?2))",
                             (queues[pattern], queue_id, topic),
                         )
 

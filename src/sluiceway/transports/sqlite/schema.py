@@ -88,31 +88,52 @@ HELD_INDEX = "CREATE INDEX IF NOT EXISTS held ON queue(queue_id, key, state, own
 _MAX_WAL = 64 * 1024 * 1024
 
 
+_open: dict[apsw.Connection, tuple[int, str]] = {}
+"""Connections and the process and file they belong to. A forked child inherits them, with SQLite's belief in locks that
+the child does not have; it must neither use nor close them, nor open the same file beside them."""
+
+
 def open_database(path: str, *, busy_timeout: float) -> apsw.Connection:
     """Open the database at `path`, and make it when there is none.
 
     `busy_timeout`: seconds to wait for other processes' transactions. Raises ConnectError that says what is wrong with
     the file and what to do.
     """
-    check_place(path)
-    db = None
+    _check_fork(path)
+    _check_place(path)
     try:
         db = apsw.Connection(path)
-        wait_when_busy(db, busy_timeout)
-        _check_ours(db, path)
-        _prepare(db)
-        return db
+        try:
+            _wait_when_busy(db, busy_timeout)
+            _check_ours(db, path)
+            _prepare(db)
+        except BaseException:
+            db.close()
+            raise
     except apsw.Error as error:
-        if db is not None:
-            db.close()
         raise ConnectError(explain(error, path)) from error
-    except ConnectError:
-        if db is not None:
-            db.close()
-        raise
+    _open[db] = os.getpid(), path
+    return db
 
 
-def check_place(path: str) -> None:
+def close_database(db: apsw.Connection) -> None:
+    """Close what `open_database` opened. Idempotent."""
+    db.close()
+    _open.pop(db, None)
+
+
+def _check_fork(path: str) -> None:
+    pid = os.getpid()
+    for other, opened in list(_open.values()):
+        if other != pid and opened == path:
+            raise ConnectError(
+                f"cannot open the SQLite database {path} in process {pid}: it was forked from process {other} while "
+                "that had the database open, and SQLite's locks do not survive a fork; start processes with spawn or "
+                "forkserver, or fork before connecting"
+            )
+
+
+def _check_place(path: str) -> None:
     """Raise ConnectError when `path` cannot be a database because of the folder, or because it is one."""
     folder = Path(path).parent
     if Path(path).is_dir():
@@ -130,7 +151,7 @@ def check_place(path: str) -> None:
         )
 
 
-def wait_when_busy(db: apsw.Connection, seconds: float) -> None:
+def _wait_when_busy(db: apsw.Connection, seconds: float) -> None:
     """Let `db` wait up to `seconds` for a lock.
 
     SQLite's own handler sleeps up to 100 ms at a time, which leaves the file idle between two processes that take

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, Literal
@@ -54,7 +54,7 @@ class SQLiteSource:
         self._stopped = False
         self._trouble: str | None = None
         self._since = time.time()
-        self._revokes: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Make the group's queues and an owner. Before anything else, once. Raises TransportError when it cannot."""
@@ -95,7 +95,7 @@ class SQLiteSource:
         try:
             return await future
         except asyncio.CancelledError:
-            self._reception.withdraw(self._tap)
+            self._withdraw()
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._left += future.result()
             raise
@@ -115,15 +115,27 @@ class SQLiteSource:
         if (window == 0) != (self._window == 0):
             self._since = time.time()
         self._window = window
-        if window == 0 and not self.closed:
-            self._reception.withdraw(self._tap)
+        if window == 0:
+            self._withdraw()
+            self._give_back()
 
     def stop(self) -> None:
         """Receive nothing more: a waiting `receive` returns what a claim in progress gets, or nothing. Idempotent."""
         if not self._stopped:
             self._stopped = True
             self._since = time.time()
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        if self._thread.usable:
             self._reception.withdraw(self._tap)
+
+    def _give_back(self) -> None:
+        """Hand back what was claimed for nobody."""
+        if self._left:
+            others = [Settlement(message, "release") for message in self._left]
+            self._left = []
+            self._in_background(self.settle((), others))
 
     # -- settling
 
@@ -209,15 +221,18 @@ class SQLiteSource:
         self._owner = self._tap.inlet.owner
         self._held = 0
         self._left.clear()
-        task = asyncio.ensure_future(self._revoke(owner))
-        self._revokes.add(task)
-        task.add_done_callback(self._revokes.discard)
+        self._in_background(self._subscription.on_revoke(frozenset({owner}), None))
 
-    async def _revoke(self, owner: int) -> None:
-        try:
-            await self._subscription.on_revoke(frozenset({owner}), None)
-        except Exception:
-            log.exception("on_revoke failed for owner %d of %s; receiving goes on", owner, self._path)
+    def _in_background(self, work: Awaitable[Any]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except Exception:
+                log.exception("the source of group %r on %s goes on after", self._subscription.group, self._path)
+
+        task = asyncio.ensure_future(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _on_trouble(self, text: str | None) -> None:
         if text is not None and self._trouble is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -324,6 +325,9 @@ def _refusal(outputs: Sequence[Outgoing], max_payload: int) -> str | None:
             return f"its output to {output.topic!r} has {len(output.body)} bytes and the limit is {max_payload}"
         try:
             check_topic(output.topic, pattern=False)
-        except OptionError as error:
-            return f"its output cannot be published: {error}"
+            _columns(output)
+        except (OptionError, TypeError, ValueError) as error:
+            return f"its output to {output.topic!r} cannot be stored: {error}"
+        if type(output.body) is not bytes or not math.isfinite(output.timestamp):
+            return f"its output to {output.topic!r} cannot be stored: body and timestamp must be bytes and a number"
     return None

@@ -195,12 +195,18 @@ class SQLiteTransport:
             await self._run("remove messages", lambda store: store.remove(seqs), full=True)
 
     async def aclose(self) -> None:
-        """Close the sources that are still open, and the file. Idempotent."""
-        while self._sources:
-            await self._sources.pop().aclose()
-        thread, self._open_thread = self._open_thread, None
-        if thread is not None:
-            await thread.stop()
+        """Close the sources that are still open, and the file. Idempotent.
+
+        Raises TransportError when a source cannot give back what it holds (a full disk); that comes back to others as
+        if this process had died.
+        """
+        try:
+            while self._sources:
+                await self._sources.pop().aclose()
+        finally:
+            thread, self._open_thread = self._open_thread, None
+            if thread is not None:
+                await thread.stop()
 
     async def _run(self, what: str, work: Callable[[Store], Any], *, full: bool = False, reads: bool = False) -> Any:
         try:
