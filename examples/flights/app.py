@@ -1,11 +1,10 @@
 """The consumer: takes flights from the broker and loads them into an analytical table, one airline per batch.
 
-FLIGHTS_BROKER=sqlite:///flights.db FLIGHTS_WAREHOUSE=warehouse python -m examples.flights.app
+sluiceway run examples.flights.app:app --workers 2
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -68,7 +67,3 @@ def load(batch: Batch[Flight], warehouse: Warehouse) -> None:
 @flights.batch("incomplete", size=50, timeout=1.0)
 def set_aside(batch: Batch[Flight], warehouse: Warehouse) -> None:
     warehouse.add("incomplete", batch)
-
-
-if __name__ == "__main__":
-    asyncio.run(app.run())

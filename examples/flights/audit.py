@@ -129,8 +129,9 @@ def load_source(db: duckdb.DuckDBPyConnection, rows: int, scratch: Path) -> None
     with scratch.open(encoding="utf-8") as file:
         order = {name: columns[name] for name in file.readline().strip().split(",")}
     db.execute(
-        "CREATE TABLE source AS SELECT CAST(row_number() OVER () AS INTEGER) AS row, *, CASE WHEN dep_time IS NULL THEN 'dead'"
-        " WHEN arr_delay IS NULL OR air_time IS NULL THEN 'incomplete' ELSE 'flights' END AS target"
+        "CREATE TABLE source AS SELECT CAST(row_number() OVER () AS INTEGER) AS row, *, CASE"
+        " WHEN dep_time IS NULL THEN 'dead' WHEN arr_delay IS NULL OR air_time IS NULL THEN 'incomplete'"
+        " ELSE 'flights' END AS target"
         f" FROM read_csv(?, header = true, columns = {order!r}, parallel = false)",
         [str(scratch)],
     )
@@ -146,6 +147,7 @@ def audit(db: duckdb.DuckDBPyConnection, *, published: int, expected: Expected, 
         return row[0] if len(row) == 1 else row
 
     fields = ", ".join(f'"{name}"' for name in FLIGHT)
+    here, there = f"SELECT {fields}, target FROM source", f"SELECT {fields}, target FROM found"
     db.execute(
         f"CREATE VIEW found AS SELECT {fields}, 'flights' AS target FROM flights"
         f" UNION ALL SELECT {fields}, 'incomplete' FROM incomplete"
@@ -158,13 +160,19 @@ def audit(db: duckdb.DuckDBPyConnection, *, published: int, expected: Expected, 
     db.execute("CREATE VIEW spaced AS SELECT returned, lag(returned) OVER (ORDER BY returned) AS before FROM batches")
     db.execute("CREATE VIEW first AS SELECT worker, batch FROM deliveries WHERE attempt = 1")
     lost = one("SELECT count(*) FROM source WHERE row NOT IN (SELECT row FROM found)")
-    differs = one(f"SELECT count(*) FROM (SELECT {fields}, target FROM source EXCEPT ALL SELECT {fields}, target FROM found)")
-    foreign = one(f"SELECT count(*) FROM (SELECT {fields}, target FROM found EXCEPT ALL SELECT {fields}, target FROM source)")
+    differs = one(f"SELECT count(*) FROM ({here} EXCEPT ALL {there})")
+    foreign = one(f"SELECT count(*) FROM ({there} EXCEPT ALL {here})")
     sums = db.execute(
-        "SELECT carrier, count(*), sum(arr_delay), sum(air_time), sum(distance) FROM flights GROUP BY carrier ORDER BY carrier"
+        "SELECT carrier, count(*), sum(arr_delay), sum(air_time), sum(distance)"
+        " FROM flights GROUP BY carrier ORDER BY carrier"
     ).fetchall()
     dead = db.execute("SELECT reason, count(DISTINCT id) FROM dead GROUP BY reason ORDER BY 2 DESC").fetchall()
-    repeated = one("SELECT count(*) - count(DISTINCT id) FROM (SELECT id FROM deliveries UNION ALL SELECT id FROM dead)")
+    repeated = one(
+        "SELECT count(*) - count(DISTINCT id) FROM (SELECT id FROM deliveries UNION ALL SELECT id FROM dead)"
+    )
+    strangers = one(
+        "SELECT count(*) FROM (SELECT id FROM deliveries GROUP BY id HAVING count(*) > 1 AND max(attempt) = 1)"
+    )
     began = one("SELECT min(published) FROM (SELECT published FROM deliveries UNION ALL SELECT published FROM dead)")
     ended = one("SELECT max(done) FROM (SELECT returned AS done FROM batches UNION ALL SELECT died FROM dead)")
     p50, p99 = one("SELECT quantile_cont(latency, 0.5), quantile_cont(latency, 0.99) FROM timed")
@@ -176,6 +184,7 @@ def audit(db: duckdb.DuckDBPyConnection, *, published: int, expected: Expected, 
         Check("rows that differ from the CSV in any field, or are in the wrong place", 0, differs - lost),
         Check("rows that the CSV does not have", 0, foreign),
         Check("messages left at the broker", 0, left),
+        Check("messages repeated that the killed worker did not hold", 0, strangers),
         Check("published", expected.rows, published),
         Check("complete flights in the table", expected.flights, one("SELECT count(*) FROM flights")),
         Check("incomplete flights set aside", expected.incomplete, one("SELECT count(*) FROM incomplete")),
@@ -187,7 +196,9 @@ def audit(db: duckdb.DuckDBPyConnection, *, published: int, expected: Expected, 
         handled=handled,
         lost=lost,
         batches=one("SELECT count(*) FROM batches"),
-        batch_median=one("SELECT quantile_disc(rows, 0.5) FROM batches WHERE (worker, batch) IN (SELECT worker, batch FROM first)"),
+        batch_median=one(
+            "SELECT quantile_disc(rows, 0.5) FROM batches WHERE (worker, batch) IN (SELECT worker, batch FROM first)"
+        ),
         dead=dict(dead),
         repeated=repeated,
         suspects=one("SELECT count(DISTINCT id) FROM deliveries WHERE attempt > 1")

@@ -20,14 +20,21 @@ class Board:
         self._said_at = self._started
         self._progress: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("  {task.description:<10}"), BarColumn(40), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("  {task.description:<10}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._progress = Progress(*columns, console=console, transient=True)
             self._published = self._progress.add_task("published", total=rows, note="")
             self._handled = self._progress.add_task("handled", total=rows, note="")
 
     def say(self, text: str) -> None:
         """Something happened."""
-        self._console.print(f"[dim]{time.monotonic() - self._started:5.1f} s[/]  {text}", highlight=False, soft_wrap=True)
+        self._console.print(
+            f"[dim]{time.monotonic() - self._started:5.1f} s[/]  {text}", highlight=False, soft_wrap=True
+        )
 
     def show(self, published: int, handled: int, batches: int, dead: int, rate: float) -> None:
         """Where things stand; on a terminal at once, else a line every two seconds."""
@@ -44,6 +51,8 @@ class Board:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress is not None:
             self._progress.stop()

@@ -13,12 +13,12 @@ from msgspec import Struct
 
 from examples.flights.publish import DATA
 
-mpl.use("Agg")
+mpl.use("Agg")  # needs no screen
 
-from matplotlib import pyplot as plt  # noqa: E402 # after the choice of a backend that needs no screen
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 INK, SOFT, GRID = "#1b2733", "#66788a", "#e3e9ef"
 GOOD, BAD, LINK = "#1f6f8b", "#e4572e", "#cfd8e0"
@@ -42,12 +42,15 @@ def airlines(db: duckdb.DuckDBPyConnection) -> list[Airline]:
     with DATA.with_name("airlines.csv").open(encoding="utf-8", newline="") as file:
         names = {row["carrier"]: row["name"] for row in csv.DictReader(file)}
     rows = db.execute(
-        "SELECT carrier, count(*), median(arr_delay), quantile_cont(arr_delay, 0.9), avg(CAST(arr_delay <= 15 AS INTEGER)),"
+        "SELECT carrier, count(*), median(arr_delay), quantile_cont(arr_delay, 0.9),"
+        " avg(CAST(arr_delay <= 15 AS INTEGER)),"
         " (SELECT count(DISTINCT id) FROM dead WHERE dead.carrier = flights.carrier) AS cancelled"
         " FROM flights GROUP BY carrier ORDER BY 4, 3, 1"
     ).fetchall()
     return [
-        Airline(code, _short(names[code]), flights, float(median), float(p90), on_time, cancelled / (cancelled + flights))
+        Airline(
+            code, _short(names[code]), flights, float(median), float(p90), on_time, cancelled / (cancelled + flights)
+        )
         for code, flights, median, p90, on_time, cancelled in rows
     ]
 
@@ -58,7 +61,9 @@ def draw_delays(db: duckdb.DuckDBPyConnection, path: Path) -> Path:
     figure, axes = _figure(11, 1.9 + 0.37 * len(data))
     y = range(len(data) - 1, -1, -1)
     axes.axvline(0, color=SOFT, linewidth=1, zorder=1)
-    axes.hlines(y, [one.median for one in data], [one.p90 for one in data], color=LINK, linewidth=5, zorder=2, capstyle="round")
+    axes.hlines(
+        y, [one.median for one in data], [one.p90 for one in data], color=LINK, linewidth=5, zorder=2, capstyle="round"
+    )
     axes.scatter([one.median for one in data], y, s=80, color=GOOD, edgecolor="white", linewidth=1.2, zorder=3)
     axes.scatter([one.p90 for one in data], y, s=80, color=BAD, edgecolor="white", linewidth=1.2, zorder=3)
     for at, one in zip(y, data, strict=True):
@@ -70,15 +75,17 @@ def draw_delays(db: duckdb.DuckDBPyConnection, path: Path) -> Path:
     axes.xaxis.set_major_formatter(lambda value, _: f"{signed(value)} min" if value else "on time")
     for at, one in zip(y, data, strict=True):
         axes.annotate(
-            f"{one.flights:,}", (1.0, at), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
-            va="center", fontsize=9, color=SOFT,
+            f"{one.flights:,}", (1.0, at), xycoords=("axes fraction", "data"), xytext=(8, 0),
+            textcoords="offset points", va="center", fontsize=9, color=SOFT,
         )  # fmt: skip
     axes.annotate(
-        "flights", (1.0, len(data) - 0.35), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
-        va="center", fontsize=9, color=SOFT, style="italic",
+        "flights", (1.0, len(data) - 0.35), xycoords=("axes fraction", "data"), xytext=(8, 0),
+        textcoords="offset points", va="center", fontsize=9, color=SOFT, style="italic",
     )  # fmt: skip
     total = sum(one.flights for one in data)
-    _title(figure, "How late do they land?", f"Arrival delay of {total:,} flights that left New York in 2013, per airline")
+    _title(
+        figure, "How late do they land?", f"Arrival delay of {total:,} flights that left New York in 2013, per airline"
+    )
     handles = [
         Line2D([], [], marker="o", linestyle="", markersize=8, color=colour, label=label)
         for colour, label in ((GOOD, "half land later"), (BAD, "one in ten lands later"))
@@ -100,7 +107,9 @@ def draw_throughput(db: duckdb.DuckDBPyConnection, killed_at: float, killed: int
     ).fetchall()
     row = db.execute("SELECT min(published) FROM deliveries").fetchone()
     start = row[0] if row is not None else 0.0
-    order = db.execute("SELECT worker FROM batches GROUP BY worker ORDER BY min(returned) > ?, min(returned)", [killed_at]).fetchall()
+    order = db.execute(
+        "SELECT worker FROM batches GROUP BY worker ORDER BY min(returned) > ?, min(returned)", [killed_at]
+    ).fetchall()
     workers = sorted((worker for (worker,) in order), key=lambda worker: f"-{killed}-" in worker)
     bins = [number * step for number in range(math.ceil(max(at for _, at, _ in rows) / step) + 1)]
     figure, axes = _figure(11, 3.4)
@@ -110,7 +119,7 @@ def draw_throughput(db: duckdb.DuckDBPyConnection, killed_at: float, killed: int
         parts.append([found.get(at, 0.0) for at in bins])
     names = [f"process {worker.split('-')[1]}" + (", killed" if f"-{killed}-" in worker else "") for worker in workers]
     colours = [KILLED if f"-{killed}-" in worker else OTHERS[at % len(OTHERS)] for at, worker in enumerate(workers)]
-    axes.stackplot(bins, parts, labels=names, colors=colours, alpha=0.9, step="post", linewidth=0)  # type: ignore[arg-type]
+    axes.stackplot(bins, parts, labels=names, colors=colours, alpha=0.9, step="post", linewidth=0)
     if killed_at:
         axes.axvline(killed_at - start, color=INK, linewidth=1.4, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -147,7 +156,8 @@ def _title(figure: Figure, title: str, below: str) -> None:
 def _mark(axes: Axes, value: float, at: float, colour: str, *, left: bool) -> None:
     axes.annotate(
         signed(value), (value, at), xytext=(-9 if left else 9, 0), textcoords="offset points",
-        ha="right" if left else "left", va="center", fontsize=10, color=colour, weight="bold", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        ha="right" if left else "left", va="center", fontsize=10, color=colour, weight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )  # fmt: skip
 
 

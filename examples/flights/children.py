@@ -59,7 +59,9 @@ class Children:
         for child in self._all:
             code = child.process.returncode
             if code is not None and not (child.may_end and code in (0, -signal.SIGKILL)):
-                raise Broken(f"{child.name} (process {child.pid}) ended with {code}; the end of {child.log}:\n{tail(child.log)}")
+                raise Broken(
+                    f"{child.name} (process {child.pid}) ended with {code}; the end of {child.log}:\n{tail(child.log)}"
+                )
 
     async def kill(self, child: Child) -> None:
         """SIGKILL: no drain, no goodbye."""

@@ -28,8 +28,8 @@ from sluiceway import App
 from sluiceway.message import Stored
 
 HERE = Path(__file__).resolve().parent
-SOME = 200_000
-RATE = 10_000.0
+SOME = 150_000
+RATE = 8_000.0
 DEAD = f"{TOPIC}.default.dead"
 STALLED = 60.0  # seconds without progress after which the demo gives up
 WORKER = ("-m", "sluiceway", "run", "examples.flights.app:app", "--log-level", "warning")
@@ -96,8 +96,7 @@ class Demo:
 
     async def run(self) -> Figures:
         """Run to the end and audit it. Raises Broken when the run cannot go on."""
-        shutil.rmtree(self.run_folder, ignore_errors=True)
-        self.warehouse.mkdir(parents=True)
+        self._prepare()
         broker = f"sqlite:///{quote(str(self.run_folder / 'broker.db'))}"
         children = Children(self.run_folder, {"FLIGHTS_BROKER": broker, "FLIGHTS_WAREHOUSE": str(self.warehouse)})
         async with App(broker) as app:
@@ -110,13 +109,24 @@ class Demo:
             await watch.look()
             return await asyncio.to_thread(self._audit, watch, await watch.left())
 
+    def _prepare(self) -> None:
+        """Away with the run before this one."""
+        try:
+            if self.run_folder.exists():
+                shutil.rmtree(self.run_folder)
+            self.warehouse.mkdir(parents=True)
+        except OSError as error:
+            raise Broken(f"cannot use the folder {self.run_folder} (--out names another): {error}") from error
+
     async def _move(self, children: Children, watch: Watch, board: Board) -> None:
         """Publish, handle, kill a worker half-way, go on, and stop when everything is handled."""
         workers = [await children.start(f"worker {number}", *WORKER) for number in (1, 2)]
         arguments = ("-m", "examples.flights.publish", "--rows", str(self.rows), "--rate", str(self.rate))
         publisher = await children.start("publisher", *arguments, pipe=True)
         publisher.may_end = True
-        board.say(f"a publisher (process {publisher.pid}) and two workers ({workers[0].pid}, {workers[1].pid}) have started")
+        board.say(
+            f"a publisher (process {publisher.pid}) and two workers ({workers[0].pid}, {workers[1].pid}) have started"
+        )
         counting = asyncio.create_task(self._count(publisher))
         seen, seen_at = 0, time.monotonic()
         while True:
@@ -131,7 +141,7 @@ class Demo:
             if watch.handled > seen:
                 seen, seen_at = watch.handled, time.monotonic()
             elif time.monotonic() - seen_at > STALLED:
-                raise Broken(f"nothing was handled for {STALLED:g} s at {seen:,} of {self.rows:,}; logs: {self.run_folder}")
+                raise Broken(f"nothing was handled for {STALLED:g} s, at {seen:,} messages; logs: {self.run_folder}")
         board.say("everything is handled; SIGTERM lets the workers drain")
         await children.drain(*workers)
 
@@ -183,7 +193,7 @@ def summary(figures: Figures) -> Table:
         ("messages/s", f"{figures.rate:,.0f}", f"over {figures.seconds:.1f} s; {figures.busiest:,.0f} in the busiest"),
         ("latency p50, p99", f"{seconds(figures.p50)}, {seconds(figures.p99)}", "from publish to the batch on disk"),
         ("longest pause after the kill", seconds(figures.pause), "between two batches on disk, of any worker"),
-        ("what it held went on after", seconds(figures.resumed), "and all of it was made good after " + seconds(figures.recovered)),
+        ("what it held went on after", seconds(figures.resumed), f"all made good after {seconds(figures.recovered)}"),
     ):
         table.add_row(*row)
     return table
@@ -196,9 +206,10 @@ def seconds(value: float) -> str:
 def main() -> int:
     """Run the demo. 0: every number is right; 1: one is wrong, or the run broke; 130: Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m examples.flights", description=__doc__)
-    parser.add_argument("--rows", type=int, default=SOME, help=f"rows of the CSV, of {ROWS}, spread evenly over the year (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=RATE, help="messages a second that are published, at most (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE / "out", help="the folder for what comes out (default: %(default)s)")
+    how_many = f"how many of the CSV's {ROWS} rows, spread evenly over the year (default: %(default)s)"
+    parser.add_argument("--rows", type=int, default=SOME, help=how_many)
+    parser.add_argument("--rate", type=float, default=RATE, help="messages published a second (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="where to leave it all (default: %(default)s)")
     options = parser.parse_args()
     if not 1 <= options.rows <= ROWS or options.rate <= 0:
         parser.error(f"--rows is 1 to {ROWS}, --rate more than 0")
@@ -229,9 +240,11 @@ def report(figures: Figures, out: Path, console: Console) -> int:
     console.print(summary(figures))
     console.print()
     for check in figures.wrong:
-        console.print(f"[bold red]wrong:[/] {escape(check.name)}: expected {check.expected}, found {check.found}", highlight=False)
+        text = f"{check.name}: expected {check.expected}, found {check.found}"
+        console.print(f"[bold red]wrong:[/] {escape(text)}", highlight=False)
     if figures.wrong:
-        console.print(f"[bold red]{len(figures.wrong)} of {len(figures.checks)} checks failed[/]; all data and logs: {out / 'run'}")
+        count = f"{len(figures.wrong)} of {len(figures.checks)} checks failed"
+        console.print(f"[bold red]{count}[/]; data and logs: {out / 'run'}", highlight=False, soft_wrap=True)
         return 1
     console.print(f"all {len(figures.checks)} checks against the CSV are right", highlight=False)
     for path in (out / "flights.html", out / "delays.png"):

@@ -54,7 +54,7 @@ async def publish(limit: int, rate: float | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Publish flights to the broker.")
     parser.add_argument("--rows", type=int, default=ROWS, help="so many rows, spread evenly over the year")
     parser.add_argument("--rate", type=float, help="messages a second, at most; as fast as it goes if not given")
     options = parser.parse_args()

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import duckdb
 import msgspec
+from msgspec.structs import asdict
 
 from sluiceway import Batch
 
@@ -39,6 +40,14 @@ FLIGHT = {
     "distance": "SMALLINT",
 }
 DELIVERY = {"id": "VARCHAR", "attempt": "SMALLINT", "published": "DOUBLE", "batch": "INTEGER", **FLIGHT}
+JOURNAL = {
+    "batch": "INTEGER",
+    "table": "VARCHAR",
+    "key": "VARCHAR",
+    "rows": "INTEGER",
+    "trigger": "VARCHAR",
+    "returned": "DOUBLE",
+}
 TABLES = ("flights", "incomplete")
 
 _columns = ", ".join(f'"{name}" {kind}' for name, kind in DELIVERY.items())
@@ -62,7 +71,7 @@ class Warehouse:
         self._batches += 1
         number = self._batches
         rows = [
-            {"id": one.id, "attempt": one.attempt, "published": one.timestamp, "batch": number, **msgspec.structs.asdict(one.value)}
+            {"id": one.id, "attempt": one.attempt, "published": one.timestamp, "batch": number} | asdict(one.value)
             for one in batch
         ]
         with self._db.cursor() as cursor:
@@ -81,7 +90,9 @@ class Warehouse:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._db.close()
         self._journal.close()
 
@@ -89,24 +100,27 @@ class Warehouse:
 def read(folder: str | Path) -> duckdb.DuckDBPyConnection:
     """All workers' files as one database.
 
-    `deliveries`: every row that was written, with its `worker` and `target` table. `flights`, `incomplete`: each message once,
-    as it was first written. `batches`: the journals.
+    `deliveries`: every row that was written, with its `worker` and `target` table. `flights`, `incomplete`: each
+    message once, as it was first written. `batches`: the journals.
     """
     db = duckdb.connect()
     parts = []
     for number, path in enumerate(sorted(Path(folder).glob("*.duckdb"))):
         db.execute(f"ATTACH '{_quoted(path)}' AS worker{number}")
-        parts += [f"SELECT '{path.stem}' AS worker, '{table}' AS target, * FROM worker{number}.{table}" for table in TABLES]
+        parts += [
+            f"SELECT '{path.stem}' AS worker, '{table}' AS target, * FROM worker{number}.{table}" for table in TABLES
+        ]
     db.execute(f"CREATE TABLE deliveries AS {' UNION ALL BY NAME '.join(parts)}")
     for table in TABLES:
         db.execute(
             f"CREATE VIEW {table} AS SELECT * EXCLUDE (worker, target) FROM deliveries WHERE target = '{table}'"
             " QUALIFY row_number() OVER (PARTITION BY id ORDER BY attempt) = 1"
         )
-    shape = "{batch: 'INTEGER', 'table': 'VARCHAR', key: 'VARCHAR', 'rows': 'INTEGER', 'trigger': 'VARCHAR', returned: 'DOUBLE'}"
     db.execute(
-        f"CREATE TABLE batches AS SELECT parse_filename(filename, true) AS worker, * EXCLUDE (filename)"
-        f" FROM read_json('{_quoted(Path(folder))}/*.jsonl', format = 'newline_delimited', filename = true, columns = {shape})"
+        "CREATE TABLE batches AS SELECT parse_filename(filename, true) AS worker, * EXCLUDE (filename)"
+        " FROM read_json(?, format = 'newline_delimited', filename = true, columns = "
+        f"{JOURNAL!r})",
+        [f"{folder}/*.jsonl"],
     )
     return db
 

@@ -86,11 +86,11 @@ class App:
         )
         self.url = broker if isinstance(broker, str) else None
         self.group = group
-        self.lifespan = lifespan
+        self.lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = lifespan
         self.shutdown_timeout = shutdown_timeout
         self.max_restarts = max_restarts
         self.max_seconds = max_seconds
-        self.give_up = give_up
+        self.give_up: Literal["exit", "continue"] = give_up
         self.telemetry = Telemetry()
         self.consumers: dict[str, ConsumerDef] = {}
         self.transport: Transport = _as_transport(broker)

@@ -8,7 +8,7 @@ import sys
 import typing
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Generic, Protocol, TypeVar, Unpack, get_args, get_origin, overload
+from typing import Annotated, Any, Generic, Protocol, TypeVar, Unpack, cast, get_args, get_origin, overload
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -228,7 +228,7 @@ class ClassConsumer(ConsumerDef):
             self.batchers = {name: BatcherDef(kind.handle_batch, batching) for name, batching in batchers.items()}
 
     def bind(self, context: Any) -> Bound:
-        make: Callable[..., Consumer[Any]] = self.kind
+        make = cast("Callable[..., Consumer[Any]]", self.kind)
         consumer = make(context) if _takes(make, 0, context) else make()
         sizes = self.batchings()
         return Bound(
@@ -392,10 +392,11 @@ def _argument(name: str, kind: type) -> Any:
     for base in vars(kind).get("__orig_bases__", kind.__bases__):
         origin = get_origin(base) or base
         if origin is Consumer:
-            return _evaluated(name, *(get_args(base) or (T,)), vars(sys.modules[kind.__module__]))
+            argument = get_args(base)[0] if get_args(base) else T
+            return _evaluated(name, argument, vars(sys.modules[kind.__module__]))
         if inspect.isclass(origin) and issubclass(origin, Consumer):
             found = _argument(name, origin)
-            known = dict(zip(getattr(origin, "__parameters__", ()), get_args(base), strict=False))
+            known: dict[Any, Any] = dict(zip(getattr(origin, "__parameters__", ()), get_args(base), strict=False))
             if isinstance(found, TypeVar):
                 return known.get(found, found)
             open_ones = getattr(found, "__parameters__", ())
@@ -423,5 +424,5 @@ def _evaluated(name: str, annotation: Any, names: dict[str, Any]) -> Any:
     except Exception as error:
         raise OptionError(
             f"{name}: the annotation {annotation!r} cannot be read here ({error}); "
-            "define the type at module level or give payload=..."
+            "define the type at module level, above the consumer, or give payload=..."
         ) from None

@@ -14,6 +14,7 @@ SluicewayError
 ├── ForeignMessage         a batch handler failed a message of another batch
 ├── AlreadySettled         a message was settled before
 ├── LeaseLost              an early ack came too late: another consumer has the message
+├── KilledItsProcess       a message's process died under it as often as it has attempts
 └── PipelineFailed         a pipeline crashed more often than `max_restarts` allows
 
 Directive                  raised by handlers to say how their message ends
@@ -92,6 +93,10 @@ class AlreadySettled(SluicewayError):
 
 class LeaseLost(SluicewayError):
     """An early `ack()` came too late: the broker has given the message to another consumer."""
+
+
+class KilledItsProcess(SluicewayError):
+    """A message whose process died under it as often as it has attempts: why its dead letter is one."""
 
 
 class PipelineFailed(SluicewayError):

@@ -7,20 +7,20 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 from ._decisions.backoff import RestartRule
 from ._runtime.drain import Drained
 from ._runtime.flow import uncancelled
 from ._runtime.supervisor import PipelineStats, Supervisor
+from .consumer import ConsumerDef
 from .errors import AppError, PipelineFailed
 from .gate import Pause
 from .options import unknown
 from .pipeline import make_spec, make_subscription
 from .source import Backlog, Source
-
-if TYPE_CHECKING:
-    from .app import App
+from .telemetry import Telemetry
+from .transport import Transport
 
 log = logging.getLogger("sluiceway")
 
@@ -33,10 +33,23 @@ class _Running:
         self.task = task
 
 
+class Managed(Protocol):
+    """What the manager needs of an app."""
+
+    consumers: dict[str, ConsumerDef]
+    transport: Transport
+    telemetry: Telemetry
+    group: str
+    shutdown_timeout: float
+    max_restarts: int
+    max_seconds: float
+    give_up: Literal["exit", "continue"]
+
+
 class ConsumerManager:
     """The pipelines of one app. It works inside `app.running()` and `app.run()`."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: Managed) -> None:
         self._app = app
         self._context: Any = None
         self._running: dict[str, _Running] = {}

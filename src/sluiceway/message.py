@@ -61,7 +61,7 @@ class _IdMaker:
 new_id = _IdMaker()
 
 
-class Outgoing(Struct, eq=False):
+class Outgoing(Struct, eq=False, gc=False):  # it can hold no cycle, and publishing makes many
     """A message on its way to a broker.
 
     `topic` is where it goes; `body` its bytes. `key` orders and partitions it. `id` is stable: it stays with the
@@ -305,7 +305,8 @@ class Settlement(Struct, eq=False):
     - `retry`: again after `delay` seconds; `failures` grows by one when `counted`.
     - `dead_letter`: `outputs` holds the dead letter (none: drop it); the delivery ends when the broker has it.
     - `release`: back to the broker untouched, at once.
-    - `park`: back to the broker until the earlier message of its key is settled.
+    - `park`: back to the broker until the earlier message of its key is settled for good; a retry of that one keeps it
+      waiting, and with no earlier one it comes straight back.
     - `ack`: a success that has `outputs`.
 
     `outputs` are published with the settle: in one transaction if the transport is atomic, else confirmed first.

@@ -4,6 +4,7 @@ What each side may rely on:
 
 - The runtime makes one `receive` call at a time and never cancels it. After `stop()` it returns promptly with what has
   arrived, perhaps nothing, and everything it returns is settled.
+- `settle` is called by two tasks at most: one with acks alone, one with everything else, each one call at a time.
 - The runtime settles each delivery once. When `settle` raises, the runtime calls it again with the same messages; a
   source makes that harmless (fenced by owner and token, or dropped because the scope died).
 - Messages received and not settled never exceed the demand asked for, so a source that obeys `demand` cannot overrun a
@@ -62,7 +63,8 @@ class SourceStatus(Struct, frozen=True, kw_only=True):
 
 
 class Backlog(Struct, frozen=True):
-    """What waits at the broker: messages, and the age in seconds of the oldest that is due."""
+    """What waits at the broker: messages, also those that wait for a delay, and not those in anyone's hand; and the age
+    in seconds of the oldest that is due, 0 when none is."""
 
     messages: int
     seconds: float

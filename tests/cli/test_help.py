@@ -45,5 +45,7 @@ def test_the_version_is_said(sluiceway: Command) -> None:
 
 def test_help_is_quick_because_it_loads_neither_rich_nor_a_broker() -> None:
     program = "import sys, sluiceway.cli.main; print([m for m in ('rich', 'apsw', 'uvloop') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"

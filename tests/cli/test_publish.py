@@ -76,9 +76,7 @@ def test_lines_of_a_file_are_published_and_blank_ones_skipped(sluiceway: Command
         ('{"id": true}', "line 2501: the key field 'id' must be a string or a number, got 'true'"),
     ],
 )
-def test_a_bad_line_is_named_and_what_went_before_is_said(
-    sluiceway: Command, here: Path, line: str, text: str
-) -> None:
+def test_a_bad_line_is_named_and_what_went_before_is_said(sluiceway: Command, here: Path, line: str, text: str) -> None:
     (here / "lines").write_text('{"id": 1}\n' * 2500 + line + '\n{"id": 2}\n')
     code, out, errors = sluiceway("publish", "a", "-f", "lines", "--key-field", "id")
     assert (code, out) == (2, "")
@@ -140,16 +138,22 @@ def test_piped_lines_are_published_as_they_come_and_ctrl_c_says_how_many(tmp_pat
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read().decode()
         assert process.wait(20) == 130
-    assert "1 message published before that, and nothing after" in errors
+    assert "1 message published, perhaps a batch more: a on" in errors
     assert "Traceback" not in errors
 
 
 def test_nobody_reading_the_output_ends_quietly(shell: Shell) -> None:
     script = f"seq 1 20000 | {sys.executable} -m sluiceway publish a --json | head -1; echo ${{PIPESTATUS[1]}}"
     done = subprocess.run(
-        ["bash", "-c", script], cwd=shell.folder, env=environment(), capture_output=True, text=True, timeout=60, check=True
+        ["bash", "-c", script],
+        cwd=shell.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
-    assert done.stdout.splitlines()[1] == "141"
+    assert done.stdout.splitlines()[1:] == ["141"], done.stderr
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
 

@@ -108,7 +108,7 @@ def test_messages_are_split_by_the_key_of_what_their_handler_returned(values: li
         if forming.add(one, value) == "full":
             batches.append(forming.take(one.batch_key, "size"))
     batches += forming.take_all("drain")
-    by_key = defaultdict(list)
+    by_key: defaultdict[Any, list[int]] = defaultdict(list)
     for messages, info in batches:
         assert {one.value % 3 for one in messages} == {info.key}
         by_key[info.key] += [one.value for one in messages]

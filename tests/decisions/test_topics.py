@@ -35,7 +35,7 @@ def test_a_pattern_matches_what_its_regular_expression_matches_but_never_a_dead_
 ) -> None:
     if pattern == topic:
         expected = True
-    elif not is_pattern(pattern) or topic.split(".")[-1] == "dead":
+    elif not is_pattern(pattern) or topic.endswith(".dead") or topic == "dead":
         expected = False
     else:
         expected = re.fullmatch(as_regex(pattern), topic + ".") is not None
@@ -125,6 +125,8 @@ def test_a_topic_that_cannot_be_says_which_word_is_wrong_and_what_is_allowed(top
 @given(text=st.text())
 def test_whatever_the_text_it_is_a_topic_or_an_option_error(text: str) -> None:
     try:
-        assert check_topic(text, pattern=False) == text
+        said = check_topic(text, pattern=False)
     except OptionError as error:
-        assert repr(text) in str(error)
+        said = str(error)
+        text = repr(text)
+    assert text in said

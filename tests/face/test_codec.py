@@ -154,7 +154,7 @@ def test_a_type_that_nothing_in_json_can_become_is_refused_at_once(kind: Any) ->
 
 
 def test_a_type_that_msgspec_refuses_is_an_option_error_with_its_reason() -> None:
-    with pytest.raises(OptionError, match="cannot be decoded from JSON: .*more than one dict-like type"):
+    with pytest.raises(OptionError, match=r"cannot be decoded from JSON: .*more than one dict-like type"):
         make_decoder(Payment | Order)
 
 

@@ -120,7 +120,7 @@ def test_a_type_that_cannot_be_read_says_what_to_do_about_it() -> None:
         consumer("t")(payments)
     assert str(caught.value) == (
         "payments: the annotation 'Message[Local]' cannot be read here (name 'Local' is not defined); "
-        "define the type at module level or give payload=..."
+        "define the type at module level, above the consumer, or give payload=..."
     )
     assert payload_type(payments, payload=Local) is Local
 
@@ -129,7 +129,7 @@ def test_a_handler_of_something_else_than_a_message_is_refused_when_it_is_declar
     async def payments(message: Payment) -> None: ...
 
     with pytest.raises(OptionError) as caught:
-        consumer("t")(payments)  # type: ignore[call-overload]
+        consumer("t")(payments)  # type: ignore[arg-type]
     assert str(caught.value) == "payments: a handler takes a Message[Payment], not a Payment"
 
 
@@ -204,12 +204,12 @@ class OpenMiddle(Middle):  # type: ignore[type-arg]
 
 class Static(Consumer):  # type: ignore[type-arg]
     @staticmethod
-    async def handle(message: Message[Payment]) -> None: ...  # type: ignore[override]
+    async def handle(message: Message[Payment]) -> None: ...
 
 
 class OfClass(Consumer):  # type: ignore[type-arg]
     @classmethod
-    async def handle(cls, message: Message[Payment]) -> None: ...  # type: ignore[override]
+    async def handle(cls, message: Message[Payment]) -> None: ...
 
 
 class Quoted(Consumer["Payment"]):
@@ -324,7 +324,7 @@ async def test_whatever_can_be_called_can_be_a_consumer(function: Any, expected:
 
 
 def test_a_mock_can_be_a_consumer() -> None:
-    declared = consumer("t")(mock.AsyncMock())
+    declared: Any = consumer("t")(mock.AsyncMock())
     assert definition(declared).name == "AsyncMock"
     assert is_async(mock.AsyncMock())
     assert not is_async(mock.Mock())
@@ -370,20 +370,22 @@ def test_patterns_and_full_dead_letter_topics_are_topics_of_a_consumer() -> None
 
 
 def test_a_decorator_without_parentheses_is_refused_at_once() -> None:
-    with pytest.raises(OptionError, match=r'consumer: a topic is a string, got <function .*; write @consumer\("topic"\)'):
+    with pytest.raises(
+        OptionError, match=r'consumer: a topic is a string, got <function .*; write @consumer\("topic"\)'
+    ):
         consumer(coroutine)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="a topic is a string"):
         App("memory://").consumer(coroutine)  # type: ignore[arg-type]
 
 
 def test_an_option_error_names_the_consumer_by_its_function_or_by_its_given_name() -> None:
-    with pytest.raises(OptionError, match="^coroutine: concurrency must be"):
+    with pytest.raises(OptionError, match=r"^coroutine: concurrency must be"):
         consumer("t", concurrency=0)(coroutine)
-    with pytest.raises(OptionError, match="^payments: concurrency must be"):
+    with pytest.raises(OptionError, match=r"^payments: concurrency must be"):
         consumer("t", concurrency=0, name="payments")(coroutine)
-    with pytest.raises(OptionError, match="^coroutine: name must be a non-empty string, or None; got ''"):
+    with pytest.raises(OptionError, match=r"^coroutine: name must be a non-empty string, or None; got ''"):
         consumer("t", name="")(coroutine)
-    with pytest.raises(OptionError, match="^coroutine: there is no option 'concurency'; did you mean 'concurrency'"):
+    with pytest.raises(OptionError, match=r"^coroutine: there is no option 'concurency'; did you mean 'concurrency'"):
         consumer("t", concurency=5)(coroutine)  # type: ignore[call-arg]
 
 
@@ -515,7 +517,7 @@ def test_a_batcher_or_hook_that_cannot_be_is_refused_when_it_is_declared(
 
 
 def test_batchers_of_a_function_are_declared_with_their_handlers() -> None:
-    with pytest.raises(OptionError, match="coroutine: declare batcher 's3' with @coroutine.batch"):
+    with pytest.raises(OptionError, match=r"coroutine: declare batcher 's3' with @coroutine.batch"):
         consumer("t", batchers={"s3": Batching()})(coroutine)
 
 
@@ -665,5 +667,3 @@ def test_a_definition_is_its_own() -> None:
     one = declared()
     assert definition(one) is one
     assert isinstance(one, ConsumerDef)
-
-

@@ -119,10 +119,12 @@ def test_a_default_is_allowed_and_has_a_meaning(name: str) -> None:
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_given_for_an_option_it_is_taken_or_an_option_error(value: Any) -> None:
     for name in OPTIONS:
+        said = ""
         try:
             resolve("payments", {name: value})
         except OptionError as error:
-            assert repr(value) in str(error)
+            said = str(error)
+        assert not said or said.endswith(f"; got {value!r}")
 
 
 @pytest.mark.parametrize(
@@ -133,9 +135,7 @@ def test_a_misspelt_option_is_told_with_the_nearest_right_name_and_all_that_ther
     with pytest.raises(OptionError) as caught:
         resolve("payments", {wrong: 1})
     known = ", ".join(sorted(OPTIONS))
-    assert str(caught.value) == (
-        f"payments: there is no option {wrong!r}; did you mean {right!r}? Known: {known}"
-    )
+    assert str(caught.value) == (f"payments: there is no option {wrong!r}; did you mean {right!r}? Known: {known}")
 
 
 def test_a_name_like_no_other_is_told_without_a_guess() -> None:

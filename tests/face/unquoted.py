@@ -10,6 +10,10 @@ class Payment(msgspec.Struct):
     id: str
 
 
+class Later(msgspec.Struct):
+    id: str
+
+
 @consumer("t")
 async def payments(message: Message[Payment]) -> None: ...
 
@@ -21,7 +25,3 @@ async def forward(message: Message["Later"]) -> None: ...
 @consumer("t")
 class Payments(Consumer["Later"]):
     async def handle_batch(self, batch: Batch["Later"]) -> None: ...
-
-
-class Later(msgspec.Struct):
-    id: str

@@ -70,7 +70,8 @@ class Worker:
         """What it says next; nothing when it has ended."""
         assert self.process.stdout is not None
         async with asyncio.timeout(SOON):
-            return (await self.process.stdout.readline()).decode().split()
+            line = (await self.process.stdout.readline()).decode()
+        return line.split() if line.endswith("\n") else []
 
     def tell(self) -> None:
         """Let it go on."""

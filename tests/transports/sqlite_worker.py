@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sluiceway.message import Message, Outgoing
@@ -12,7 +13,9 @@ from sluiceway.transports.sqlite import SQLiteTransport
 
 
 def say(word: str, messages: list[Message[Any]] | None = None) -> None:
-    print(word, *(message.body.decode() for message in messages or ()), flush=True)
+    """In one write, so that a kill leaves whole lines."""
+    sys.stdout.write(" ".join([word, *(message.body.decode() for message in messages or ())]) + "\n")
+    sys.stdout.flush()
 
 
 async def hold(transport: SQLiteTransport, count: str) -> None:
@@ -46,14 +49,15 @@ async def publish(transport: SQLiteTransport, first: str, size: str) -> None:
     while True:
         batch = [Outgoing("t", b"%d" % one) for one in range(number, number + int(size))]
         await transport.publish(batch)
-        print("published", number, flush=True)
+        say(f"published {number}")
         number += int(size)
 
 
 async def main(what: str, path: str, lease: str, *arguments: str) -> None:
     transport = SQLiteTransport(path, lease=float(lease))
     await transport.connect()
-    await {"hold": hold, "consume": consume, "publish": publish}[what](transport, *arguments)
+    jobs: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {"hold": hold, "consume": consume, "publish": publish}
+    await jobs[what](transport, *arguments)
     await transport.aclose()
 
 

@@ -64,7 +64,7 @@ async def test_publishing_and_what_must_not_be_lost_is_synced_and_acks_are_not(
 
         def trace(cursor: Any, sql: str, bindings: Any) -> bool:
             if sql.startswith("PRAGMA synchronous"):
-                mode[0] = sql.split()[-1]
+                mode[0] = sql.rsplit(maxsplit=1)[-1]
             elif sql == "COMMIT":
                 commits.append(mode[0])
             return True
@@ -87,10 +87,10 @@ async def test_publishes_that_wait_share_a_commit_and_fail_alone(path: Path) -> 
         source = await subscribe(transport, "t")
         commits = 0
 
-        def count() -> int:
+        def count() -> bool:
             nonlocal commits
             commits += 1
-            return 0
+            return False
 
         transport._thread._db.set_commit_hook(count)
         calls: list[Any] = [transport.publish([Outgoing("t", b"%d" % n)] * 2) for n in range(100)]
@@ -219,8 +219,9 @@ async def test_a_pause_gives_back_what_no_receive_has_returned(path: Path) -> No
 def test_a_message_is_in_one_place_whatever_is_done_to_it(tmp_path: Path, data: st.DataObject) -> None:
     """Two sources receive and settle as hypothesis likes; nothing is lost, held twice, or handed out when not ready."""
 
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.db"  # one folder serves all examples
+
     async def run() -> None:
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.db"
         ordered = data.draw(st.sampled_from([None, "key"]), label="order_by")
         async with connected(path) as one, connected(path) as two:
             sources = [await subscribe(one, "t", order_by=ordered), await subscribe(two, "t", order_by=ordered)]

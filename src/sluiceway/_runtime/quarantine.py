@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from .._decisions.backoff import reconnect_delay
-from ..errors import SluicewayError
+from ..errors import KilledItsProcess
 from ..message import QUEUED, SETTLED, Message, Settlement
 from ..source import Source
 from ..telemetry import SuspectRuns, Telemetry
@@ -21,10 +21,6 @@ from .settler import PipelineSettler
 from .spec import PipelineSpec
 
 log = logging.getLogger("sluiceway")
-
-
-class KilledItsProcess(SluicewayError):
-    """A message whose process died under it as often as it has attempts."""
 
 
 class SuspectQuarantine:

@@ -14,7 +14,7 @@ from ..errors import OptionError, PipelineFailed
 from ..source import Backlog, Source
 from ..telemetry import PipelineCrashed, PipelineStarted, Telemetry
 from .drain import Drained
-from .flow import Flow
+from .flow import CLOSE_TIMEOUT, Flow, uncancelled
 from .spec import PipelineSpec
 
 log = logging.getLogger("sluiceway")
@@ -166,14 +166,17 @@ class Supervisor:
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await uncancelled(_not_wanted(opening))
+            raise
         finally:
             stopping.cancel()
-            if not opening.done():
-                opening.cancel()
-                opening.add_done_callback(_close_late)
+        if not opening.done():
+            await uncancelled(_not_wanted(opening))
+            return None
         if opening.cancelled():
             raise RuntimeError("opening the source was cancelled")
-        return opening.result() if opening.done() else None
+        return opening.result()
 
     async def _crashed(self, error: Exception) -> None:
         delay = self._rule.crashed(asyncio.get_running_loop().time(), random.random())
@@ -195,15 +198,12 @@ class Supervisor:
             return
 
 
-def _close_late(opening: asyncio.Future[Source]) -> None:
-    """A source that opened though nobody waits for it any more."""
-    if not opening.cancelled() and opening.exception() is None:
-        closing = asyncio.ensure_future(opening.result().aclose())
-        _closing.add(closing)
-        closing.add_done_callback(_closing.discard)
-
-
-_closing: set[asyncio.Future[None]] = set()  # the loop itself holds tasks only weakly
+async def _not_wanted(opening: asyncio.Future[Source]) -> None:
+    """Stop opening a source; close it if it opened nevertheless."""
+    opening.cancel()
+    await asyncio.wait((opening,), timeout=CLOSE_TIMEOUT)
+    if opening.done() and not opening.cancelled() and opening.exception() is None:
+        await opening.result().aclose()
 
 
 def _raise(error: BaseException) -> None:

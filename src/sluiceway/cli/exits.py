@@ -48,8 +48,9 @@ def code_of_exit(error: SystemExit) -> int:
 def forget_stdout() -> None:
     """Nobody reads standard output any more: what is still written to it, also at exit, goes nowhere."""
     try:
+        stdout = sys.__stdout__.fileno() if sys.__stdout__ is not None else 1
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stdout)
         os.close(null)
     except (OSError, ValueError):  # not a real file: then it has no reader to miss
         return

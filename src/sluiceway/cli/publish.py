@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import io
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -140,8 +141,9 @@ class Publisher:
         try:
             asyncio.run(self._publish(batches, size))
         except BaseException as error:
-            if self.count or isinstance(error, (Fault, PublishError)):
-                self._say("published before that, and nothing after")
+            known = isinstance(error, (Fault, PublishError))
+            if self.count or known:
+                self._say("published before that, and nothing after" if known else "published, perhaps a batch more")
             if isinstance(error, PublishError):
                 raise Fault(str(error), GAVE_UP) from None
             raise
@@ -193,6 +195,16 @@ class Batched(Struct, frozen=True, kw_only=True):
 async def _at_once(messages: list[Outgoing]) -> AsyncIterator[Batched]:
     for start in range(0, len(messages), BATCH):
         yield Batched(messages=messages[start : start + BATCH], size=0)
+
+
+def _hand_over(put: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> bool:
+    """Run `put` in another thread's loop and wait for it; False when that loop has ended."""
+    try:
+        asyncio.run_coroutine_threadsafe(put, loop).result()
+    except (RuntimeError, concurrent.futures.CancelledError):
+        put.close()
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -263,15 +275,16 @@ async def _chunks(stream: BinaryIO) -> AsyncIterator[bytes]:
     chunks: asyncio.Queue[bytes | OSError] = asyncio.Queue(2)
 
     def read() -> None:
-        with contextlib.suppress(RuntimeError, asyncio.CancelledError):  # the loop has ended before the input
-            while True:
-                try:
-                    chunk: bytes | OSError = stream.read(CHUNK)
-                except OSError as error:
-                    chunk = error
-                asyncio.run_coroutine_threadsafe(chunks.put(chunk), loop).result()
-                if not chunk or isinstance(chunk, OSError):
-                    return
+        chunk: bytes | OSError = b"-"
+        while chunk and not isinstance(chunk, OSError):
+            try:
+                chunk = stream.read(CHUNK)
+            except OSError as error:
+                chunk = error
+            except ValueError:  # closed: the command has ended before its input
+                return
+            if not _hand_over(chunks.put(chunk), loop):
+                return
 
     threading.Thread(target=read, name="input", daemon=True).start()
     while True:

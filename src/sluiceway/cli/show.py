@@ -122,7 +122,7 @@ def letter_text(letter: Letter, topic: str) -> str:
     facts = {
         "in": topic,
         "from": f"{why('topic') or '?'}, group {why('group') or '?'}, consumer {why('consumer') or '?'}",
-        "failed": f"{when}, {duration(letter.age())} ago, after {why('attempts') or '?'} attempts",
+        "failed": f"{when}, {duration(letter.age())} ago, at attempt {why('attempts') or '?'}",
         "error": f"{why('type') or '?'}: {why('error')}",
         "key": stored.key if stored.key is not None else "none",
     }

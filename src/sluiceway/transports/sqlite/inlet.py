@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...source import Backlog
 from .rows import STORED
 from .schema import BACK, CLAIMED, FRESH, PARKED, RETRYING
 
@@ -42,6 +43,7 @@ class Inlet:
         self.owner = 0
         self.lease_until = 0.0  # the machine's steady clock
         self.runs = 0
+        self.last_backlog: tuple[Backlog, float] | None = None  # and until when it will do: monotonic clock
         ids = ", ".join(map(str, self.queue_ids))
         self.select = self._select(f"queue_id, state, deliveries, failures, suspicions, {STORED}")
         self.peek = self._select(
