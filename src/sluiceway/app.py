@@ -77,16 +77,11 @@ class App:
         _check("max_restarts", max_restarts, restarts, "a whole number, 0 or more")
         _check("max_seconds", max_seconds, _is_number(max_seconds, 0) and max_seconds > 0, "seconds, more than 0")
         _check("give_up", give_up, give_up in ("exit", "continue"), "'exit' or 'continue'")
-        entered = callable(lifespan) and not inspect.isasyncgenfunction(lifespan)
-        _check(
-            "lifespan",
-            lifespan,
-            entered or lifespan is None,
-            "a function decorated with @contextlib.asynccontextmanager",
-        )
+        what = "a function decorated with @contextlib.asynccontextmanager"
+        _check("lifespan", lifespan, lifespan is None or _is_entered(lifespan), what)
         self.url = broker if isinstance(broker, str) else None
         self.group = group
-        self.lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = lifespan
+        self.lifespan = lifespan
         self.shutdown_timeout = shutdown_timeout
         self.max_restarts = max_restarts
         self.max_seconds = max_seconds
@@ -305,6 +300,10 @@ def _as_transport(broker: object) -> Transport:
 def _check(name: str, value: object, allowed: bool, what: str) -> None:
     if not allowed:
         raise OptionError(f"App: {name} must be {what}; got {value!r}")
+
+
+def _is_entered(lifespan: object) -> bool:
+    return callable(lifespan) and not inspect.isasyncgenfunction(lifespan)
 
 
 def _is_number(value: object, least: float) -> bool:

@@ -157,7 +157,7 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
         A batch goes after `size` messages (default 100) or `timeout` seconds (default 1.0). `key` takes what the
         handler returned; messages of one key share batches. `concurrency` batches run at once. Raises OptionError.
         """
-        if not isinstance(name, str) or not name:
+        if not (name and isinstance(name, str)):
             raise OptionError(f"{self.name}: a batcher's name is a non-empty string, got {name!r}; write .batch(...)")
         default = self.default_batching()
 
@@ -329,7 +329,9 @@ def _method(kind: type, name: str) -> Callable[..., Any]:
 
 
 def _check_call(where: str, function: Callable[..., Any], rule: str, *counts: int) -> None:
-    """Raise OptionError unless `function` can be called with one of so many arguments."""
+    """Raise OptionError unless `function` can be called with one of so many arguments and then does its work."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise OptionError(f"{where}: {_name(function)} has a `yield`: a call would run nothing of it; use `return`")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

@@ -105,15 +105,19 @@ def make_outgoing(
     check_topic(topic, pattern=False)
     if key is not None and not _is_text(key, "surrogateescape"):
         raise OptionError(f"publish to {topic!r}: key must be a string or None, got {key!r}")
-    number = isinstance(delay, (int, float)) and not isinstance(delay, bool)
-    if not (number and 0 <= delay <= sys.float_info.max):
+    if not _is_seconds(delay):
         raise OptionError(f"publish to {topic!r}: delay must be 0 or more seconds, got {delay!r}")
-    if headers is not None and not isinstance(headers, Mapping):
+    given: Any = headers or {}
+    if not isinstance(given, Mapping):
         raise OptionError(f"publish to {topic!r}: headers must be a mapping from strings to strings, got {headers!r}")
-    for name, value in (headers or {}).items():
+    for name, value in given.items():
         if not (_is_text(name) and _is_text(value)):
             raise OptionError(f"publish to {topic!r}: headers are strings, got {name!r}: {value!r}")
     return Outgoing(topic, body, key, dict(headers) if headers else NO_HEADERS, delay=delay)
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _is_text(value: object, errors: str = "strict") -> bool:

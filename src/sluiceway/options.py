@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -245,6 +244,8 @@ def resolve(consumer: str, given: Mapping[str, Any], overrides: Mapping[str, str
 
 def unknown(consumer: str, name: str, known: Iterable[str], kind: str = "option") -> OptionError:
     """The error for a name that is not known, with the nearest right one."""
+    import difflib
+
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -26,6 +26,7 @@ from sluiceway import App, Batch, Message, PublishError, Retry
 VARIABLE = "CRASH_CONFIG"
 PARENT = "CRASH_PARENT"
 TOPIC = "jobs"
+OUTPUT = "done"
 
 
 class Config(msgspec.Struct, kw_only=True):
@@ -37,6 +38,8 @@ class Config(msgspec.Struct, kw_only=True):
     mode: str = "async"  # async, thread, or block: `time.sleep` in an async def
     work: tuple[float, float] = (0.0, 0.0)  # seconds that a handler takes, at least and at most
     gate: str | None = None  # a file that has to be there before a handler returns
+    ordered: bool = False
+    outputs: bool = False  # each message publishes one more, to OUTPUT, with its settle
     concurrency: int = 10
     max_demand: int | None = None
     batch: int = 0
@@ -50,6 +53,7 @@ class Config(msgspec.Struct, kw_only=True):
     chunk: int = 1
     pause: float = 0.0
     padding: int = 0
+    keys: int = 0
 
     @property
     def url(self) -> str:
@@ -104,6 +108,8 @@ def make_app(config: Config) -> App:
         if kind == "always" or (kind == "fail" and message.failures < int(times)):
             ledger.note("fail", job.n, message.attempt, message.id)
             raise Failure(job.fate)
+        if config.outputs:
+            message.publish(OUTPUT, job)
         ledger.note("end", job.n, message.attempt, message.id)
         return job.n
 
@@ -131,6 +137,7 @@ def make_app(config: Config) -> App:
         concurrency=config.concurrency,
         max_demand=config.max_demand,
         retry=retry,
+        order_by="key" if config.ordered else None,
         **batching,
     )
     consumer = declare(handle_on_thread if config.mode == "thread" else handle)
@@ -188,7 +195,7 @@ async def publish(config: Config) -> None:
             ledger.note("offer", first, what=str(first + config.chunk - 1))
             try:
                 if config.chunk == 1:
-                    ids = [await app.publish(TOPIC, jobs[0])]
+                    ids = [await app.publish(TOPIC, jobs[0], key=str(first % config.keys) if config.keys else None)]
                 else:
                     ids = await app.publish_many(TOPIC, jobs)
             except PublishError as error:

@@ -115,11 +115,6 @@ class Child:
         assert self.process.wait(PATIENCE) == -signal.SIGKILL
         return at
 
-    def end(self, seconds: float = PATIENCE) -> int:
-        """SIGTERM, and the exit code."""
-        self.signal(signal.SIGTERM)
-        return self.process.wait(seconds)
-
     def clean_up(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # the whole group: of `sluiceway run` there may be more
             os.killpg(self.pid, signal.SIGKILL)
@@ -178,6 +173,13 @@ class Site:
             child.clean_up()
         self.book.close()
 
+    def end(self, *workers: Child) -> list[int]:
+        """SIGTERM to workers that have come up; returns their exit codes."""
+        for worker in workers:
+            self.until("the worker is up", lambda worker=worker: worker.pid in self.book.pids() or not worker.running)
+            worker.signal(signal.SIGTERM)
+        return [worker.process.wait(PATIENCE) for worker in workers]
+
     # -- waiting
 
     def until(self, what: str, condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -219,9 +221,9 @@ class Site:
             found[msgspec.json.decode(body, type=Job).n].append(json.loads(headers))
         return found
 
-    def stored(self) -> list[tuple[int, str]]:
-        """Number and id of every row that is no dead letter."""
-        rows = self.rows("SELECT body, id FROM queue WHERE topic = ?", TOPIC)
+    def stored(self, topic: str = TOPIC, after: int = 0) -> list[tuple[int, str]]:
+        """Number and id of every message of the topic, from the `after`th one on."""
+        rows = self.rows("SELECT body, id FROM queue WHERE topic = ? ORDER BY seq LIMIT -1 OFFSET ?", topic, after)
         return [(msgspec.json.decode(body, type=Job).n, id_) for body, id_ in rows]
 
     def check_file(self) -> None:

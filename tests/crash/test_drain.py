@@ -50,7 +50,7 @@ def test_a_drain_finishes_what_runs_and_another_worker_starts_the_rest_at_once(s
     drained = time.monotonic() - at
     assert running <= {one.n for one in site.book.all("end") if one.pid == worker.pid}, "what ran was finished"
     site.until("the queue is empty", lambda: site.waiting() == 0)
-    assert other.end() == 0
+    assert site.end(other) == [0]
     assert site.book.numbers("end") == set(range(40))
     assert site.book.repeated().total() == 0
     assert site.dead() == {}
@@ -69,12 +69,13 @@ def test_a_drain_under_load_loses_nothing_and_repeats_nothing(site: Site) -> Non
         begun = len(site.book.all("batch-end"))
         more = site.random.randrange(30, 200)
         site.until("it works", lambda begun=begun, more=more: len(site.book.all("batch-end")) > begun + more)
-        assert worker.end(10) == 0
+        worker.signal(signal.SIGTERM)
+        assert worker.process.wait(10) == 0
         assert publisher.running
-    assert publisher.end() == 0
+    assert site.end(publisher) == [0]
     worker = site.worker(**{**options, "batch_timeout": 0.05})
     site.until("the queue is empty", lambda: site.waiting() == 0)
-    assert worker.end() == 0
+    assert site.end(worker) == [0]
     book = site.book
     accepted = set(range(1_000)) | book.accepted().keys()
     assert accepted <= book.numbers("batch-end")
@@ -119,7 +120,7 @@ def test_a_thread_that_outlasts_the_drain_keeps_its_message_until_its_process_ha
     assert worker.process.wait(10) == 0
     ended = time.monotonic()
     site.until("the queue is empty", lambda: site.waiting() == 0)
-    assert other.end() == 0
+    assert site.end(other) == [0]
     again = [one for one in site.book.all("start") if one.n in running and one.pid == other.pid]
     assert {one.n for one in again} == running
     assert min(one.at for one in again) > at + 0.5, "not while the thread ran"
@@ -132,7 +133,7 @@ def _check_handed_over(site: Site, running: set[int], drain: float) -> None:
     """The next worker handles all, what was cut off too, and none of it counts as an attempt."""
     other = site.worker(**WINDOW)
     site.until("the queue is empty", lambda: site.waiting() == 0)
-    assert other.end() == 0
+    assert site.end(other) == [0]
     assert site.book.numbers("end") == set(range(40))
     again = [one for one in site.book.all("start") if one.pid == other.pid]
     assert len(again) == 40
@@ -153,6 +154,6 @@ def test_the_command_line_drains_its_workers_and_says_when_it_was_cut_short(site
     assert boss.process.wait(10) == 128 + signal.SIGTERM
     worker = site.worker(**WINDOW)
     site.until("the queue is empty", lambda: site.waiting() == 0)
-    assert worker.end() == 0
+    assert site.end(worker) == [0]
     assert site.book.numbers("end") == set(range(40))
     assert site.dead() == {}

@@ -42,7 +42,7 @@ def test_killed_in_the_middle_of_failures_each_message_is_acked_or_dead_lettered
         killed.append(victim.pid)
         workers[workers.index(victim)] = site.worker(**WORKER)
     site.until("all is settled", lambda: site.waiting() == 0)
-    assert [worker.end() for worker in workers] == [0, 0]
+    assert site.end(*workers) == [0, 0]
 
     dead = site.dead()
     guilty = {n for n, fate in fates.items() if fate == "always"}

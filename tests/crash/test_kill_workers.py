@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.crash.actors import Job
+from tests.crash.actors import OUTPUT, Job
 from tests.crash.kit import Child, Site, crash
 
 pytestmark = crash
@@ -18,6 +18,7 @@ BACK = 5.0  # seconds until somebody handles something new
 PLAIN = {"concurrency": 10, "max_demand": 20, "work": (0.005, 0.05)}
 BATCHES = {**PLAIN, "concurrency": 5, "batch": 10, "max_demand": 25, "batch_work": 0.005}
 THREADS = {**PLAIN, "mode": "thread"}
+OUTPUTS = {**PLAIN, "outputs": True}
 STREAM = {"pause": 0.002}
 BACKLOG = 1_500  # so that windows are full whenever somebody dies
 
@@ -80,7 +81,10 @@ class Killer:
         assert set(repeated) <= set(self.killed), f"repeated though nobody died: {repeated}"
         assert not {pid: count for pid, count in repeated.items() if count > window}, "more than a window"
         assert site.dead() == {}, "innocents"
-        assert site.rows("SELECT count(*) FROM queue") == [(0,)]
+        outputs = site.stored(OUTPUT)
+        if outputs:
+            assert sorted(n for n, _ in outputs) == sorted(accepted), "one output per message, by the settle it is in"
+        assert site.rows("SELECT count(*) FROM queue") == [(len(outputs),)]
         site.check_file()
         site.tell(
             kills=len(self.killed), messages=len(accepted), repeated=repeated.total(),
@@ -92,17 +96,21 @@ class Killer:
 
 def finish(site: Site, publisher: Child, workers: list[Child]) -> None:
     """End the stream, wait for the last message, drain."""
-    assert publisher.end() == 0
+    assert site.end(publisher) == [0]
     site.until("the queue is empty", lambda: site.waiting() == 0)
-    for worker in workers:
-        worker.signal(signal.SIGTERM)
-    assert [worker.process.wait(30) for worker in workers] == [0] * len(workers)
+    site.until("the dead are forgotten", lambda: site.rows("SELECT count(*) FROM owners") == [(2,)])
+    if len(workers) == 2:
+        assert site.end(*workers) == [0, 0]
+    else:
+        workers[0].signal(signal.SIGTERM)
+        assert workers[0].process.wait(30) == 0
+    assert [path.name for path in site.folder.glob("*-live-*")] == []
 
 
 @pytest.mark.parametrize(
     ("options", "kills", "handled"),
-    [(PLAIN, 30, "end"), (BATCHES, 12, "batch-end"), (THREADS, 8, "end")],
-    ids=["async", "batches", "threads"],
+    [(PLAIN, 30, "end"), (BATCHES, 12, "batch-end"), (THREADS, 8, "end"), (OUTPUTS, 10, "end")],
+    ids=["async", "batches", "threads", "outputs"],
 )
 def test_workers_killed_at_random_lose_nothing_and_repeat_at_most_their_windows(
     site: Site, options: dict[str, Any], kills: int, handled: str
@@ -110,6 +118,14 @@ def test_workers_killed_at_random_lose_nothing_and_repeat_at_most_their_windows(
     killer = Killer(site)
     loaded = site.load(Job(n) for n in range(BACKLOG))
     publisher = site.publisher(**STREAM, first=BACKLOG)
+    workers = kill_workers(killer, kills, options)
+    finish(site, publisher, workers)
+    killer.check(options["max_demand"], handled, loaded)
+
+
+def kill_workers(killer: Killer, kills: int, options: dict[str, Any]) -> list[Child]:
+    """Kill one of two workers, now and then both, and start them anew; returns those that live in the end."""
+    site = killer.site
     workers = [site.worker(**options) for _ in range(2)]
     while len(killer.killed) < kills:
         for worker in workers:
@@ -121,8 +137,27 @@ def test_workers_killed_at_random_lose_nothing_and_repeat_at_most_their_windows(
             assert victim.process.wait(5) == -signal.SIGKILL
         workers = [site.worker(**options) if worker in victims else worker for worker in workers]
         killer.wait_for_recovery(at)
-    finish(site, publisher, workers)
-    killer.check(options["max_demand"], handled, loaded)
+    return workers
+
+
+def test_with_order_by_no_kill_lets_a_message_overtake_an_earlier_one_of_its_key(site: Site) -> None:
+    options = {**PLAIN, "ordered": True, "work": (0.002, 0.02)}
+    killer = Killer(site)
+    publisher = site.publisher(**STREAM, keys=7)
+    finish(site, publisher, kill_workers(killer, 10, options))
+    killer.check(options["max_demand"], "end", {})
+    ended: dict[int, int] = {}
+    running: dict[int, tuple[int, int]] = {}
+    for one in site.book.all("start", "end"):
+        key = one.n % 7
+        if one.event == "start":
+            pid, n = running.get(key, (0, -1))
+            assert pid == 0 or pid in killer.killed, f"{one.n} of key {key} started while {n} ran in {pid}"
+            running[key] = one.pid, one.n
+        else:
+            running.pop(key)
+            assert one.n <= ended.get(key, key - 7) + 7, f"{one.n} of key {key} overtook {ended.get(key)}"
+            ended[key] = max(one.n, ended.get(key, one.n))
 
 
 def test_the_command_line_replaces_workers_that_are_killed_at_random(site: Site) -> None:

@@ -250,7 +250,7 @@ def test_a_reason_can_be_given_for_every_error_and_stays_within_its_bytes(error:
 
 
 @pytest.mark.parametrize(
-    "inner", [None, ValueError(), RecursionError(), asyncio.CancelledError(), SystemExit()], ids=repr
+    "inner", [None, ValueError(), RecursionError(), asyncio.CancelledError(), SystemExit()], ids=range(5)
 )
 def test_an_error_whose_text_cannot_be_had_says_so(inner: BaseException | None) -> None:
     reason = reason_of(raised(Broken(inner)))

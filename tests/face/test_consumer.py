@@ -656,7 +656,7 @@ def test_a_declared_class_stays_a_class_and_its_subclasses_are_not_declared_with
         definition(More)
 
 
-@pytest.mark.parametrize("thing", [5, "payments", None, coroutine, Neither, object()], ids=repr)
+@pytest.mark.parametrize("thing", [5, "payments", None, coroutine, Neither, object()], ids=range(6))
 def test_what_is_not_a_consumer_is_told_so(thing: Any) -> None:
     with pytest.raises(AppError) as caught:
         definition(thing)

@@ -258,7 +258,7 @@ class RecordingSource:
 
     def stop(self) -> None:
         self.stopped = True
-        self.wake()
+        self.broker.changed()
 
     def status(self) -> SourceStatus:
         state: Literal["stopped", "paused", "running"] = (
@@ -340,7 +340,7 @@ async def running(pipeline: Pipeline, broker: Broker, *, check: bool = True) -> 
     task = asyncio.create_task(pipeline.run())
     try:
         await broker.until(lambda: broker.sources or task.done())
-        while not task.done() and window() == 1 << 30:
+        while not task.done() and window() == 1 << 30:  # noqa: ASYNC110 # the flow starts some turns later
             await asyncio.sleep(0)
         yield task
     finally:

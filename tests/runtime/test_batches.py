@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -164,7 +163,7 @@ async def test_a_batch_emitted_the_moment_another_ends_is_run() -> None:
     for turns in range(20):
         broker = Broker("1", "2")
 
-        async def handle(message: Message[bytes]) -> bytes:
+        async def handle(message: Message[bytes], *, turns: int = turns) -> bytes:
             if message.body == b"2":
                 for _ in range(turns):
                     await asyncio.sleep(0)
@@ -233,9 +232,9 @@ async def test_a_batch_cannot_be_changed() -> None:
 
     async def book(batch: Batch[bytes]) -> None:
         messages: Any = batch
-        for change in (lambda: messages.append(1), lambda: messages.clear(), lambda: messages.__delitem__(0)):
-            with pytest.raises(AttributeError):
-                change()
+        kinds.extend(
+            name for name in ("append", "clear", "pop", "__setitem__", "__delitem__") if hasattr(messages, name)
+        )
         kinds.append(type(batch[:]).__name__)
         batch.values.clear()  # a copy
 
@@ -426,7 +425,6 @@ class TestOnThreads:
                 await manager.idle(0.3)
             assert booked == [1, 2]
             go.set()
-            time.sleep(0.01)
             assert [one.body async for one in transport.browse("work.default.dead")] == [b"0"]
 
         asyncio.run(main())

@@ -142,8 +142,7 @@ async def test_a_receive_that_raises_in_the_drain_does_not_cut_handlers_off() ->
         nonlocal asked
         asked += 1
         if asked > 1:
-            while not broker.source.stopped:
-                await asyncio.sleep(0.1)
+            await broker.until(lambda: broker.source.stopped)
             raise ConnectionError("reset by the stop")
 
     broker.on_receive = receive

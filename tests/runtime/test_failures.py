@@ -10,6 +10,7 @@ import pytest
 
 from sluiceway import (
     Message,
+    OptionError,
     Pipeline,
     Reject,
     Release,
@@ -215,7 +216,7 @@ async def test_what_cannot_be_decoded_is_dead_lettered_at_once() -> None:
     assert broker.acked == ["m5"]
     kinds = [one.outputs[0].headers["sluiceway-dead-type"] for one in broker.dead]
     assert kinds[:3] == ["sluiceway.errors.DecodeError"] * 3
-    assert [one.outputs[0].body for one in broker.dead][0] == b"\xff"
+    assert broker.dead[0].outputs[0].body == b"\xff"
 
 
 async def test_what_is_over_max_payload_is_dead_lettered_undecoded() -> None:
@@ -295,3 +296,17 @@ async def test_the_handlers_value_is_not_awaited_twice_when_the_pipeline_is_busy
 
     await run(handle, *map(bytes.decode, bodies(200)), concurrency=7)
     assert sorted(runs) == sorted(f"m{n}" for n in range(1, 201))
+
+
+def test_a_handler_with_a_yield_is_refused_where_it_is_declared() -> None:
+    async def open_source() -> Any: ...
+
+    def handle(message: Message[bytes]) -> Any:
+        yield message
+
+    async def handle_async(message: Message[bytes]) -> Any:
+        yield message
+
+    for handler in (handle, handle_async):
+        with pytest.raises(OptionError, match="has a `yield`: a call would run nothing of it"):
+            Pipeline(open_source, handler)

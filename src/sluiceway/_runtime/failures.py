@@ -112,6 +112,9 @@ class Failures:
 
     def _say(self, settlement: Settlement) -> None:
         message, error = settlement.message, _error(settlement.message)
+        if isinstance(error, Release):  # its user or a drain hands it back: that is no failure
+            log.info("%s: message %s of %r goes back: %s", self.spec.name, message.id, message.topic, error)
+            return
         expected = isinstance(error, (Directive, KeyboardInterrupt, SystemExit))
         plain = expected or isinstance(error, DecodeError)  # the text says it all; a traceback shows only our code
         log.log(

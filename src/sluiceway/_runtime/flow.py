@@ -105,8 +105,7 @@ class Flow:
     def _crashed(self, error: BaseException) -> None:
         """A stage crashed: drain what is in hand; then the supervisor starts anew."""
         if self._crash is None:
-            self._crash = RuntimeError(f"a stage raised {error!r}") if not isinstance(error, Exception) else error
-            self._crash.__cause__ = self._crash.__cause__ or (error if error is not self._crash else None)
+            self._crash = error if isinstance(error, Exception) else RuntimeError(f"a stage raised {error!r}")
         self.stop()
 
     def _why_ended(self, stage: asyncio.Task[None]) -> BaseException:

@@ -188,8 +188,8 @@ class SQLiteSource:
         return "running" if self._window else "paused"
 
     async def backlog(self) -> Backlog | None:
-        """Messages that wait for this group, also for their retry or delay, and the age in seconds of the oldest that is
-        due. With hundreds of thousands the answer may be some seconds old."""
+        """Messages that wait for this group, also for their retry or delay, and the age in seconds of the oldest that
+        is due. With more than 100,000 the answer may be some seconds old."""
         inlet = self._tap.inlet
         found: Backlog = await self._run("count the backlog", lambda store: store.backlog(inlet), reads=True)
         return found

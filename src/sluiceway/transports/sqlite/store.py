@@ -29,7 +29,7 @@ _INSERT_SPECIAL = (
     "INSERT INTO queue(queue_id, topic, id, key, headers, timestamp, body, state, due_at, direct)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-_LONG_COUNT = 0.02  # seconds
+_MANY = 100_000  # messages that are not counted at every asking
 _RUNS = 64  # claims after which the settled ones are forgotten
 
 # Who may settle a row that his token names: claimed one by one it says so; a fresh one is his for as long as he is an
@@ -296,15 +296,15 @@ class Store:
     def backlog(self, inlet: Inlet) -> Backlog:
         """What waits, also for its time, and for how long the first that is due has.
 
-        A million take a tenth of a second to count, in which nobody is served; so the answer is given again for twenty
-        times as long as it took, when that was long.
+        A million take a tenth of a second to count, in which nobody is served; so a large answer is given again for
+        twenty times as long as it took.
         """
         started = time.monotonic()
         if inlet.last_backlog is not None and started < inlet.last_backlog[1]:
             return inlet.last_backlog[0]
         backlog = self._count(inlet, time.time())
         took = time.monotonic() - started
-        inlet.last_backlog = (backlog, started + 20 * took) if took > _LONG_COUNT else None
+        inlet.last_backlog = (backlog, started + 20 * took) if backlog.messages > _MANY else None
         return backlog
 
     def _count(self, inlet: Inlet, now: float) -> Backlog:
