@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Protocol
+from weakref import WeakMethod
 
 
 class Gate(Protocol):
@@ -26,16 +28,22 @@ class Gate(Protocol):
         ...
 
     def on_change(self, call: Callable[[], None]) -> None:
-        """Call this whenever the answer of `allow` may have changed."""
+        """Call this whenever the answer of `allow` may have changed: this and what was given before.
+
+        Each pipeline that has the gate gives one, and another one after a restart. It may be held weakly.
+        """
         ...
 
 
 class Pause:
-    """The gate that a person opens and closes: `close()` stops demand, `open()` lets it flow again."""
+    """The gate that a person opens and closes: `close()` stops demand, `open()` lets it flow again.
+
+    Several consumers may share one.
+    """
 
     def __init__(self) -> None:
         self.closed = False
-        self._call: Callable[[], None] = _nothing
+        self._calls: list[Callable[[], Callable[[], None] | None]] = []  # weak: a pipeline that ended is forgotten
 
     def close(self) -> None:
         """Ask for nothing more. What is in hand is handled. Idempotent."""
@@ -48,7 +56,10 @@ class Pause:
     def _set(self, closed: bool) -> None:
         if self.closed != closed:
             self.closed = closed
-            self._call()
+            for held in list(self._calls):
+                call = held()
+                if call is not None:
+                    call()
 
     def allow(self, now: float, wanted: int) -> int:
         return 0 if self.closed else wanted
@@ -60,8 +71,5 @@ class Pause:
         return None
 
     def on_change(self, call: Callable[[], None]) -> None:
-        self._call = call
-
-
-def _nothing() -> None:
-    pass
+        self._calls = [held for held in self._calls if held() is not None]
+        self._calls.append(WeakMethod(call) if isinstance(call, MethodType) else lambda: call)

@@ -306,7 +306,8 @@ class Reason(Struct, frozen=True):
 class Settlement(Struct, eq=False):
     """How one delivery ends, for everything but a plain ack.
 
-    - `retry`: again after `delay` seconds; `failures` grows by one when `counted`.
+    - `retry`: again after `delay` seconds; `failures` grows by one when `counted`. Suspicions end, since the handler
+      did.
     - `dead_letter`: `outputs` holds the dead letter (none: drop it); the delivery ends when the broker has it.
     - `release`: back to the broker untouched, at once.
     - `park`: back to the broker until the earlier message of its key is settled for good; a retry of that one keeps it

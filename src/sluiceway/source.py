@@ -99,7 +99,9 @@ class Source(Protocol):
         ...
 
     async def suspect(self, message: Message[Any]) -> bool:
-        """Write down, durably, one more suspicion against a suspect before it runs alone.
+        """Write down, durably, that a suspect runs alone now: one suspicion for every death that had it in hand.
+
+        After it `suspicions = deliveries - 1 - failures`.
 
         True: it is written and `message.suspicions` says so: run it now. False: run nothing; the message is no longer
         ours, or comes again with its suspicion.

@@ -108,8 +108,8 @@ class Telemetry:
         self._listeners: dict[type[Event], tuple[Listener, ...]] = {}
 
     def attach(self, listener: Listener, *events: type[Event]) -> None:
-        """Call `listener` for each event of these types (none named: for all)."""
-        for kind in events or Event.__subclasses__():
+        """Call `listener` for each event of these types (none named, or `Event`: for all)."""
+        for kind in Event.__subclasses__() if Event in events or not events else events:
             self._listeners[kind] = (*self._listeners.get(kind, ()), listener)
 
     def detach(self, listener: Listener) -> None:

@@ -61,7 +61,8 @@ class Config(msgspec.Struct, kw_only=True):
 
 
 class Job(msgspec.Struct):
-    """The payload. `fate`: ok, fail:2 (fails twice, then is well), always (fails), poison, batch-poison."""
+    """The payload. `fate`: ok, fail:2 (fails twice, then is well), always (fails), poison, batch-poison, die:2 (kills
+    its process at its first two attempts), die-fail (kills its process, then fails, then is well)."""
 
     n: int
     fate: str = "ok"
@@ -98,14 +99,15 @@ def make_app(config: Config) -> App:
 
     def begin(message: Message[Job]) -> float:
         ledger.note("start", message.payload.n, message.attempt, message.id)
-        if message.payload.fate == "poison":
+        deadly = {"poison": 99, "die:1": 1, "die:2": 2, "die-fail": 1}.get(message.payload.fate, 0)
+        if message.attempt <= deadly:
             os._exit(1)
         return random.uniform(*config.work)
 
     def end(message: Message[Job]) -> int:
         job = message.payload
         kind, _, times = job.fate.partition(":")
-        if kind == "always" or (kind == "fail" and message.failures < int(times)):
+        if kind == "always" or message.failures < {"fail": int(times or 0), "die-fail": 1}.get(kind, 0):
             ledger.note("fail", job.n, message.attempt, message.id)
             raise Failure(job.fate)
         if config.outputs:

@@ -81,6 +81,27 @@ class Book:
         """By pid: messages that it started and that were started again after that, by whomever."""
         return Counter(one.pid for events in self.starts().values() for one in events[:-1])
 
+    def check_order(self, before: Callable[[int], int | None], dead: Iterable[int] = ()) -> None:
+        """Every message was first started when the one `before` it had been handled, or dead-lettered; and while one of
+        a key ran, no other of it did in another process, but for those that had died.
+        """
+        done, died = set(dead), self.died()
+        running: dict[int, Event] = {}  # by number
+        for one in self.all("start", "end"):
+            previous = before(one.n)
+            if one.event == "end":
+                done.add(one.n)
+                running.pop(one.n, None)
+                continue
+            assert previous is None or previous in done, f"{one.n} was started before {previous} was done: {one}"
+            if previous in running:
+                assert running[previous].pid in died, f"{one.n} was started while {previous} ran: {one}"
+            running[one.n] = one
+
+    def died(self) -> set[int]:
+        """Processes that came up and did not end in good order."""
+        return set(self.pids()) - {one.pid for one in self.all("down")}
+
     def close(self) -> None:
         self._file.close()
 
@@ -100,6 +121,7 @@ class Child:
                 env={**os.environ, **environment},
             )  # fmt: skip
         self.pid = self.process.pid
+        self.is_boss = "--workers" in command
 
     @property
     def running(self) -> bool:
@@ -147,7 +169,7 @@ class Site:
         environment = {
             VARIABLE: msgspec.json.encode(config).decode(),
             PARENT: str(os.getpid()),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYTHONFAULTHANDLER": "1",
         }
         child = Child([sys.executable, "-m", *arguments], environment, self.log)
@@ -176,7 +198,8 @@ class Site:
     def end(self, *workers: Child) -> list[int]:
         """SIGTERM to workers that have come up; returns their exit codes."""
         for worker in workers:
-            self.until("the worker is up", lambda worker=worker: worker.pid in self.book.pids() or not worker.running)
+            if not worker.is_boss:
+                self.until("the worker is up", lambda worker=worker: worker.pid in self.book.pids())
             worker.signal(signal.SIGTERM)
         return [worker.process.wait(PATIENCE) for worker in workers]
 
@@ -229,10 +252,10 @@ class Site:
     def check_file(self) -> None:
         assert self.rows("PRAGMA integrity_check") == [("ok",)]
 
-    def load(self, jobs: Iterable[Job]) -> dict[int, str]:
+    def load(self, jobs: Iterable[Job], key: str | None = None) -> dict[int, str]:
         """Publish jobs from here; returns number and id."""
         jobs = list(jobs)
-        ids = App(self.config().url).publish_many_sync(TOPIC, jobs)
+        ids = App(self.config().url).publish_many_sync(TOPIC, jobs, key=lambda _: key)
         return {job.n: id_ for job, id_ in zip(jobs, ids, strict=True)}
 
     # -- telling

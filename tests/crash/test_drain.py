@@ -69,8 +69,7 @@ def test_a_drain_under_load_loses_nothing_and_repeats_nothing(site: Site) -> Non
         begun = len(site.book.all("batch-end"))
         more = site.random.randrange(30, 200)
         site.until("it works", lambda begun=begun, more=more: len(site.book.all("batch-end")) > begun + more)
-        worker.signal(signal.SIGTERM)
-        assert worker.process.wait(10) == 0
+        assert site.end(worker) == [0]
         assert publisher.running
     assert site.end(publisher) == [0]
     worker = site.worker(**{**options, "batch_timeout": 0.05})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from typing import Any
 
@@ -32,20 +31,18 @@ def test_one_poison_message_among_ten_thousand_costs_one_dead_letter_and_at_most
     boss = site.command_line("--workers", "2", **options)
     site.until("the queue is empty", lambda: site.waiting() == 0, 60)
     seconds = time.monotonic() - began
-    boss.signal(signal.SIGTERM)
-    assert boss.process.wait(30) == 0
+    assert site.end(boss) == [0]
 
     book = site.book
     started, ended = ("batch-start", "batch-end") if options.get("batch") else ("start", "end")
     deaths = [one for one in book.all(started) if one.n == poison]
     assert book.numbers(ended) == set(range(GOOD + 1)) - {poison}, "every good one is handled"
     assert 1 <= len({one.pid for one in deaths}) == len(deaths) <= 4
-    died = set(book.pids()) - {one.pid for one in book.all("down")}
-    assert died == {one.pid for one in deaths}, "no other process died"
+    assert book.died() == {one.pid for one in deaths}, "no other process died"
     (letter,) = asyncio.run(browse(site))
     assert letter.body == b'{"n":%d,"fate":"%s","padding":""}' % (poison, fate.encode())
     assert letter.headers["sluiceway-dead-type"].endswith("KilledItsProcess")
-    assert "the process died" in letter.headers["sluiceway-dead-error"]
+    assert "process died" in letter.headers["sluiceway-dead-error"]
     assert site.rows("SELECT count(*) FROM queue") == [(1,)]
     repeated = book.repeated()
     assert set(repeated) <= {one.pid for one in deaths}, "only what was in the hand of a process that died is repeated"

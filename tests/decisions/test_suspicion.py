@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluiceway._decisions.suspicion import is_suspect
+from sluiceway._decisions.suspicion import GROUP, is_suspect, next_suspects, runs_alone
+from sluiceway.message import Message
 
 STEPS = st.lists(st.sampled_from(["failed", "released", "suspected and died"]), max_size=20)
 
@@ -24,3 +27,39 @@ def test_a_message_whose_every_hand_over_is_written_down_is_not_suspect(steps: l
 def test_each_death_that_is_not_written_down_makes_it_suspect(steps: list[str], deaths: int) -> None:
     failures, suspicions = steps.count("failed"), steps.count("suspected and died")
     assert is_suspect(1 + failures + suspicions + deaths, failures, suspicions)
+
+
+SUSPECTS = st.lists(
+    st.builds(
+        lambda deaths, failures, suspicions: Message[Any](
+            "t", b"", "1", deliveries=1 + failures + suspicions + deaths, failures=failures, suspicions=suspicions
+        ),
+        st.integers(1, 3),
+        st.integers(0, 2),
+        st.integers(0, 2),
+    ),
+    min_size=1,
+    max_size=3 * GROUP,
+)
+
+
+@given(suspects=SUSPECTS)
+def test_suspects_of_one_death_run_in_groups_and_those_of_more_run_alone(suspects: list[Message[Any]]) -> None:
+    chosen = next_suspects(suspects)
+    assert 1 <= len(chosen) <= GROUP
+    together = [one for one in suspects if not runs_alone(one)]
+    if together:
+        assert chosen == together[:GROUP]
+    else:
+        (one,) = chosen
+        assert (one.suspicions, one.deliveries) == min((other.suspicions, other.deliveries) for other in suspects)
+
+
+@given(suspects=SUSPECTS)
+def test_every_suspect_has_its_turn(suspects: list[Message[Any]]) -> None:
+    left, turns = list(suspects), 0
+    while left:
+        chosen = next_suspects(left)
+        left = [one for one in left if one not in chosen]
+        turns += 1
+    assert turns <= len(suspects)

@@ -167,7 +167,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return type(value) in (int, float)
     if getattr(hint, "_is_protocol", False):
-        return all(hasattr(value, name) for name in ("allow", "opens_at", "on_change"))
+        return all(hasattr(value, name) for name in ("allow", "took", "opens_at", "on_change"))
     if origin is not None and isinstance(origin, type):
         inside = value.values() if isinstance(value, typing.Mapping) else value
         if isinstance(value, str) or not isinstance(value, origin):

@@ -242,8 +242,7 @@ class RecordingSource:
             self._forget(message)
             return False
         entry = broker.held[message]
-        entry.suspicions += 1
-        message.suspicions += 1
+        entry.suspicions = message.suspicions = entry.deliveries - 1 - entry.failures
         broker.suspected.append(message.id)
         return True
 

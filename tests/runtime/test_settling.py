@@ -94,8 +94,7 @@ async def test_a_rejected_dead_letter_stops_demand_until_the_broker_takes_it() -
     async with running(pipeline, broker):
         await broker.until(lambda: len(broker.acked) == 5)
         await asyncio.sleep(1)
-        broker.put("late")
-        await broker.until(lambda: "m7" in broker.acked or not broker.waiting)  # a demand that waited may still be met
+        assert broker.source.paused  # the demand that waited was taken back
         broker.put(*bodies(50))
         asked = len(broker.demands)
         await asyncio.sleep(200)
@@ -105,7 +104,7 @@ async def test_a_rejected_dead_letter_stops_demand_until_the_broker_takes_it() -
         assert (now.state, now.reason) == ("blocked", "the broker rejected what belongs to message m1: disk full")
         assert now.held == 1
         full = False
-        await broker.settled(57)
+        await broker.settled(56)
         assert stats(pipeline).state == "running"
     assert broker.outcomes("m1") == ["dead_letter"]
 

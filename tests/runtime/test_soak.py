@@ -30,7 +30,9 @@ class Chaos:
         self.messages = 120
         self.broker = Broker()
         for number in range(self.messages):
-            self.broker.put(str(number), key=self.draw.choice([None, "a", "b"]), suspect=self.draw.random() < 0.01)
+            deaths = self.draw.choice([1, 2]) if self.draw.random() < 0.02 else 0
+            key = self.draw.choice([None, "a", "b"])
+            self.broker.put(str(number), key=key, suspect=deaths > 0, deliveries=1 + deaths)
         self.broker.on_settle = self.settle
         self.broker.on_receive = self.receive
         self.broker.on_suspect = self.suspect

@@ -158,7 +158,7 @@ async def test_what_a_dead_process_held_comes_back_as_suspects_and_nothing_else_
     assert all(one.attempt == 1 for one in messages)
 
 
-async def test_a_suspicion_written_counts_as_an_attempt_and_clears_the_suspect(kit: Kit) -> None:
+async def test_a_suspicion_written_counts_as_an_attempt_and_ends_with_a_retry(kit: Kit) -> None:
     await kit.publish("t", b"a")
     await kit.broker.die_holding("t", "g", 1)
     source = await kit.open("t")
@@ -168,7 +168,29 @@ async def test_a_suspicion_written_counts_as_an_attempt_and_clears_the_suspect(k
     assert (message.attempt, message.suspicions) == (2, 1)
     await source.settle([], [Settlement(message, "retry")])
     message = await kit.one(source)
-    assert (message.attempt, message.failures, message.suspicions, message.suspect) == (3, 1, 1, False)
+    assert (message.attempt, message.failures, message.suspicions, message.suspect) == (2, 1, 0, False)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+async def test_a_suspect_whose_handler_ended_is_no_suspect_any_more(kit: Kit, counted: bool) -> None:
+    await kit.publish("t", b"a")
+    await kit.broker.die_holding("t", "g", 1)
+    source = await kit.open("t")
+    message = await kit.one(source)
+    await source.settle([], [Settlement(message, "retry", counted=counted)])
+    message = await kit.one(source)
+    assert (message.failures, message.suspicions, message.suspect) == (int(counted), 0, False)
+
+
+async def test_every_death_that_had_a_message_in_hand_is_one_suspicion(kit: Kit) -> None:
+    await kit.publish("t", b"a")
+    await kit.broker.die_holding("t", "g", 1)
+    await kit.broker.die_holding("t", "g", 1)
+    source = await kit.open("t")
+    message = await kit.one(source)
+    assert (message.attempt, message.deliveries, message.suspect) == (1, 3, True)
+    assert await source.suspect(message)
+    assert (message.attempt, message.suspicions) == (3, 2)
 
 
 async def test_a_suspicion_is_written_durably(kit: Kit) -> None:

@@ -1,6 +1,13 @@
-"""Which deliveries may have killed the process that held them."""
+"""Which deliveries may have killed the process that held them, and how to find the one that did."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..message import Message
+
+GROUP = 32  # suspects of a first death that run together: about the root of a window of 1,000, which costs least
 
 
 def is_suspect(deliveries: int, failures: int, suspicions: int) -> bool:
@@ -10,3 +17,33 @@ def is_suspect(deliveries: int, failures: int, suspicions: int) -> bool:
     (which a transport takes off `deliveries`). One more means that a process died with the message in hand.
     """
     return deliveries > 1 + failures + suspicions
+
+
+def runs_alone(message: Message[Any]) -> bool:
+    """Whether more than one death points at a suspect, so that it may only run alone."""
+    return message.suspicions > 0 or message.deliveries > message.attempt + 1
+
+
+def next_suspects(suspects: Sequence[Message[Any]], *, ordered: bool) -> list[Message[Any]]:
+    """The suspects to run now, of those that arrived, in their order.
+
+    The others go back meanwhile, so that a further death does not point at them.
+
+    One death points at a whole window, nearly all of it innocent, so those run together, a group at a time: if the
+    process dies again, it was one of the group, and each of those runs alone from then on. That takes about twice the
+    root of the window in turns, where each alone takes the window. Those at whom the least points go first, so that the
+    one that does kill has nobody left behind it. With `ordered` none passes an earlier one of its key.
+    """
+    group: list[Message[Any]] = []
+    alone: list[Message[Any]] = []
+    keys: set[str] = set()
+    for message in suspects:
+        if ordered and message.key is not None and message.key in keys:
+            continue
+        if not runs_alone(message):
+            group.append(message)
+            continue
+        alone.append(message)
+        if message.key is not None:
+            keys.add(message.key)
+    return group[:GROUP] or [min(alone, key=lambda message: (message.suspicions, message.deliveries))]

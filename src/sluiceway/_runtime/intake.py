@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
+from .._decisions.suspicion import GROUP
 from .._decisions.window import Window
 from ..errors import DecodeError
 from ..message import Message
@@ -15,26 +16,19 @@ from ..source import Source
 from ..telemetry import Received, Telemetry
 from .batchers import Batchers
 from .failures import Failures
-from .processors import Processors
+from .processors import Processors, Queue
 from .settler import PipelineSettler
 from .spec import PipelineSpec
 
 log = logging.getLogger("sluiceway.intake")
 
-EMPTY = 0.001  # seconds to wait after a receive of nothing: a source may return at once, again and again
-
-_body = attrgetter("body")
 _suspect = attrgetter("suspect")
 
-
-class Queue(Protocol):
-    """Where the intake puts messages: the processors, or the lanes before them."""
-
-    def put(self, messages: Sequence[Message[Any]]) -> None: ...
+EMPTY = 0.001  # seconds to wait after a receive of nothing: a source may return at once, again and again
 
 
 class Quarantine(Protocol):
-    async def run(self, suspects: Sequence[Message[Any]]) -> None: ...
+    async def run(self, messages: Sequence[Message[Any]]) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -71,12 +65,14 @@ class Intake:
         self.stopping = False
         self.asking = 0  # the demand of the receive that waits, 0 when none does
         self.release_unstarted: Callable[[], object] = _none
+        self._apart = False  # the last receive had suspects
         self._paused = False
         self._long_closed: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         for gate in spec.gates:
             gate.on_change(self._gate_changed)
+        settler.on_stuck = self._gate_changed
 
     async def run(self) -> None:
         """Receive until `stop()`."""
@@ -97,6 +93,8 @@ class Intake:
     def stop(self) -> None:
         """Ask for nothing more; a receive that waits returns. Idempotent."""
         self.stopping = True
+        if self._long_closed is not None:
+            self._long_closed.cancel()
         self.source.stop()
         if self.quarantine is not None:
             self.quarantine.stop()
@@ -113,6 +111,8 @@ class Intake:
         unstarted = self.processors.unstarted + self.waiting_in_lanes()
         if free <= 0 or self.settler.stuck or not (self.processors.idle or unstarted <= self.window.size // 2):
             return 0
+        if self._apart:
+            free = min(free, GROUP)  # the next ones may be suspects too, and all that do not run now go back
         now = self._loop.time()
         for gate in self.spec.gates:
             free = gate.allow(now, free)
@@ -143,7 +143,7 @@ class Intake:
     async def _admit(self, messages: Sequence[Message[Any]], demand: int) -> None:
         self.received += len(messages)
         self.settler.held.update(messages)
-        largest = max(map(len, map(_body, messages)))
+        largest = max([len(message.body) for message in messages])  # a list: 26 ns less per message than a map
         self.window.saw_body(largest)
         self.window.observe(self._loop.time(), self.settler.finished, starved=not self.processors.unstarted)
         for gate in self.spec.gates:
@@ -153,9 +153,12 @@ class Intake:
         if self.spec.max_payload is not None and largest > self.spec.max_payload:
             messages = await self._reject_oversized(messages, self.spec.max_payload)
         if self.quarantine is not None and any(map(_suspect, messages)):
-            self.queue.put([message for message in messages if not message.suspect])
-            await self.quarantine.run([message for message in messages if message.suspect])
+            if not self._apart:
+                log.warning("%s: a process died with messages in hand; they run apart from the others", self.spec.name)
+            self._apart = True
+            await self.quarantine.run(messages)
         else:
+            self._apart = False
             self.queue.put(messages)
 
     async def _reject_oversized(self, messages: Sequence[Message[Any]], limit: int) -> list[Message[Any]]:
@@ -180,13 +183,13 @@ class Intake:
         return self._loop.call_at(min(times), self.poke) if times else None
 
     def _gate_changed(self) -> None:
-        """A closed gate also takes back the demand of a receive that waits.
+        """A closed gate, or a settle that the broker rejects, also takes back the demand of a receive that waits.
 
         What has not started half a lease later goes back to the broker: another process may have an open gate.
         """
         if self.stopping:
             return
-        if not self.closed:
+        if not (self.closed or self.settler.stuck):
             self._resume()
         elif not self._paused:
             self._paused = True

@@ -19,7 +19,13 @@ NEARLY = 1 - 1e-6  # sums of floats
 SWEEPS = 20  # how often per `timeout` the sweep looks; a timeout is late by at most this share of it
 
 
-class Processors(Protocol):
+class Queue(Protocol):
+    """Where messages go to be handled: the processors, or the lanes before them."""
+
+    def put(self, messages: Sequence[Message[Any]]) -> None: ...
+
+
+class Processors(Queue, Protocol):
     """What the intake and the drain need of processors, on the loop or on threads."""
 
     on_idle: Callable[[], None]

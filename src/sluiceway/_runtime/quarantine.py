@@ -1,4 +1,4 @@
-"""Quarantine: a message that was in hand when a process died runs alone, so that nobody is blamed for a neighbour."""
+"""Quarantine: messages that were in hand when a process died run apart, so that nobody is blamed for a neighbour."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 from .._decisions.backoff import reconnect_delay
+from .._decisions.suspicion import next_suspects, runs_alone
 from ..errors import KilledItsProcess
-from ..message import QUEUED, SETTLED, Message, Settlement
+from ..message import QUEUED, Message, Settlement
 from ..source import Source
 from ..telemetry import SuspectRuns, Telemetry
 from .batchers import Batchers
 from .failures import Failures
-from .processors import Processors
+from .processors import Processors, Queue
 from .settler import PipelineSettler
 from .spec import PipelineSpec
 
@@ -24,11 +24,10 @@ log = logging.getLogger("sluiceway")
 
 
 class SuspectQuarantine:
-    """Runs suspects one by one while nothing else is in hand.
+    """Runs suspects while nothing else is in hand: in groups after one death, one by one after more.
 
-    What has not started goes back to the broker, what runs is waited for. The suspicion is written down before the
-    message runs: if the process dies once more, it counts. Those with the fewest suspicions go first, so that the one
-    that does kill has nobody left behind it.
+    What has not started goes back to the broker, what runs is waited for. Before a message runs alone its suspicion is
+    written down: if the process dies once more, it counts.
     """
 
     def __init__(
@@ -48,6 +47,7 @@ class SuspectQuarantine:
         self.batchers = batchers
         self.failures = failures
         self.telemetry = telemetry
+        self.queue: Queue = processors
         self.take_unstarted: Callable[[], Sequence[Message[Any]]] = processors.take_unstarted
         self._stopping = False
         self._changed = asyncio.Event()
@@ -61,35 +61,40 @@ class SuspectQuarantine:
         self._stopping = True
         self._changed.set()
 
-    async def run(self, suspects: Sequence[Message[Any]]) -> None:
-        """Return when all suspects are settled, or went back because of a drain."""
-        log.warning(
-            "%s: %d messages were in hand when a process died; each runs alone now, then the rest goes on",
-            self.spec.name, len(suspects),
-        )  # fmt: skip
-        waiting = sorted(suspects, key=attrgetter("suspicions"))
-        for message in self.take_unstarted():
+    async def run(self, messages: Sequence[Message[Any]]) -> None:
+        """Run some of the suspects among what was received, with nothing else in hand; return when they are settled.
+
+        All others go back, so that the next receive brings them again.
+        """
+        suspects = [message for message in messages if message.suspect]
+        chosen = next_suspects(suspects, ordered=self.spec.ordered)
+        self._release(self.take_unstarted())
+        self._release([message for message in messages if message not in chosen])
+        await self._alone_with(chosen)
+        if self._stopping:
+            self._release(chosen)
+        elif runs_alone(chosen[0]):
+            await self._run_alone(chosen[0])
+        else:
+            self.queue.put(chosen)
+        await self._alone_with(())
+
+    def _release(self, messages: Sequence[Message[Any]]) -> None:
+        for message in messages:
             self.settler.settle(Settlement(message, "release", counted=False))
-        await self._settled_but(waiting)
-        for done, message in enumerate(waiting, 1):
-            if self._stopping:
-                break
-            await self._run_alone(message)
-            await self._settled_but(waiting[done:])
-        for message in waiting:
-            if message.state == QUEUED:
-                self.settler.settle(Settlement(message, "release", counted=False))
 
     async def _run_alone(self, message: Message[Any]) -> None:
         rules = self.spec.rules
         ran_alone = message.suspicions > 0  # before that, a neighbour may have done it, whatever the attempts say
         if ran_alone and message.attempt >= rules.retry.attempts and rules.exhausted != "retry":
-            text = f"the process died {message.suspicions} times while it ran this message alone"
+            deaths = message.deliveries - 1 - message.failures
+            text = f"its process died {deaths} times with this message in hand, the last time while it ran alone"
             self.failures.killed_its_process(message, KilledItsProcess(text))
             return
         written = message.state == QUEUED and await self._write_down(message)
-        if written is None:
-            return  # a drain: it goes back with the others
+        if written is None:  # a drain came before
+            self._release((message,))
+            return
         if not written:
             self.settler.forget((message,))
             return
@@ -98,7 +103,7 @@ class SuspectQuarantine:
             self.telemetry.emit(
                 SuspectRuns(consumer=self.spec.name, topic=message.topic, id=message.id, attempt=message.attempt)
             )
-        self.processors.put((message,))
+        self.queue.put((message,))
 
     async def _write_down(self, message: Message[Any]) -> bool | None:
         """Write down a suspicion, again and again while the broker raises; None when a drain came before."""
@@ -116,9 +121,10 @@ class SuspectQuarantine:
                 await asyncio.sleep(delay)
         return None
 
-    async def _settled_but(self, waiting: Sequence[Message[Any]]) -> None:
-        """Return when nothing is held but `waiting`, and nothing runs: also no handler that has settled early."""
-        while self.processors.running or len(self.settler.held) > sum(one.state != SETTLED for one in waiting):
+    async def _alone_with(self, chosen: Sequence[Message[Any]]) -> None:
+        """Return when nothing is held but `chosen`, and nothing runs: also no handler that has settled early."""
+        held = self.settler.held
+        while self.processors.running or len(held) > sum(message in held for message in chosen):
             self._changed.clear()
             self.batchers.emit_all("flush")
             await self._changed.wait()

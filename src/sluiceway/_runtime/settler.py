@@ -34,6 +34,7 @@ class PipelineSettler:
         self.scheduled = False
         self.finished = 0  # deliveries that ended, in all
         self.stuck: list[Settlement] = []  # what the broker rejected; while there is one, demand stops
+        self.on_stuck: Callable[[], None] = _nothing  # that has begun or ended
         self.on_freed: Callable[[], None] = _nothing
         self.on_settlement: Callable[[Settlement], None] | None = None  # for lanes: a delivery is about to end so
         self.on_ended: Callable[[Sequence[Message[Any]]], None] | None = None  # for lanes: these have ended
@@ -272,9 +273,11 @@ class PipelineSettler:
         """Try what the broker rejected again in a while; until then it stays held and unsettled."""
         self.stuck.extend(rejected)
         if not self.stuck:
-            self._troubles.pop("rejected", None)
+            if self._troubles.pop("rejected", None):
+                self.on_stuck()
         elif self._stuck_timer is None:
             self._stuck_timer = self._loop.call_later(reconnect_delay(6, random.random()), self._retry_stuck)
+            self.on_stuck()
 
     def _retry_stuck(self) -> None:
         self._stuck_timer = None

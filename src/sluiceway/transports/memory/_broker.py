@@ -26,6 +26,7 @@ from ._queue import (
     again,
     as_new,
     place_of,
+    retried,
     suspected,
     take_each,
 )
@@ -269,7 +270,7 @@ class Broker:
         if one.outcome == "park":
             self._park(group, hold, again(entry))
         elif one.outcome == "retry":
-            self._retry(group, hold, again(entry, deliveries=1, failures=1) if one.counted else again(entry), one, now)
+            self._retry(group, hold, retried(entry, counted=one.counted), one, now)
         elif one.outcome == "release":
             self._give_back(group, hold, [again(entry)])
         else:
@@ -277,7 +278,7 @@ class Broker:
         return None
 
     def suspect(self, hold: Hold, message: Message[object]) -> bool:
-        """Write down one more suspicion. False when the source has lost the delivery."""
+        """Write down that the message is suspected. False when the source has lost the delivery."""
         entry = hold.held.get(message.token)
         if entry is None:
             return False

@@ -40,20 +40,31 @@ def counts_of(entry: Entry) -> tuple[int, int, int]:
     return entry[DELIVERIES:SUSPECT] if len(entry) > DELIVERIES else (1, 0, 0)
 
 
-def again(entry: Entry, *, deliveries: int = 0, failures: int = 0) -> Entry:
-    """The entry for the next hand-over, with so many deliveries and failures more."""
-    token = entry[TOKEN]
-    token = (token, 1) if type(token) is int else (token[0], token[1] + 1)
-    counts = counts_of(entry)
-    if deliveries == failures == 0 and len(entry) == DELIVERIES:
+def again(entry: Entry, *, deliveries: int = 0) -> Entry:
+    """The entry for the next hand-over, with so many deliveries more."""
+    token = _next_token(entry)
+    if deliveries == 0 and len(entry) == DELIVERIES:
         return type(entry)((*entry[:TOKEN], token))
-    return _counted(entry, token, counts[0] + deliveries, counts[1] + failures, counts[2])
+    counts = counts_of(entry)
+    return _counted(entry, token, counts[0] + deliveries, counts[1], counts[2])
+
+
+def retried(entry: Entry, *, counted: bool) -> Entry:
+    """The entry for the next hand-over after its handler ended: whatever died with it in hand before, it was not this
+    message's doing."""
+    failures = counts_of(entry)[1] + counted
+    return _counted(entry, _next_token(entry), 1 + failures, failures, 0)
+
+
+def _next_token(entry: Entry) -> Any:
+    token = entry[TOKEN]
+    return (token, 1) if type(token) is int else (token[0], token[1] + 1)
 
 
 def suspected(entry: Entry) -> Entry:
-    """The entry with one more suspicion, which explains every delivery so far."""
-    _, failures, suspicions = counts_of(entry)
-    return _counted(entry, entry[TOKEN], 2 + failures + suspicions, failures, suspicions + 1)
+    """The entry, suspected of every death that had it in hand."""
+    deliveries, failures, _ = counts_of(entry)
+    return _counted(entry, entry[TOKEN], deliveries, failures, deliveries - 1 - failures)
 
 
 def as_new(entry: Entry) -> Entry:

@@ -153,7 +153,7 @@ class SQLiteSource:
         return refused
 
     async def suspect(self, message: Message[Any]) -> bool:
-        """Write down one more suspicion, on disk when it returns. False: the message is not ours any more.
+        """Write down that the message is suspected, on disk when it returns. False: the message is not ours any more.
 
         Raises TransportError when the database takes nothing now; nothing is written then.
         """

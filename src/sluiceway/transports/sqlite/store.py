@@ -248,7 +248,9 @@ class Store:
             case "park" | "release":
                 return self._put_back(token, f"state = {BACK}")
             case "retry":
-                counts = "deliveries = deliveries + 1, failures = failures + 1, " if settlement.counted else ""
+                failures = "failures + 1" if settlement.counted else "failures"
+                # Its handler came to an end, so whatever died with it in hand before, it was not this message's doing.
+                counts = f"deliveries = {failures}, failures = {failures}, suspicions = 0, "
                 if settlement.delay <= 0:
                     return self._put_back(token, f"{counts}state = {BACK}")
                 due_at = time.time() + settlement.delay
@@ -269,11 +271,13 @@ class Store:
         return True
 
     def suspect(self, token: tuple[int, int]) -> int | None:
-        """Add one suspicion; returns how many there are now, None when the delivery is not the consumer's any more."""
+        """Suspect the message of every death that had it in hand; returns how many suspicions there are now, None when
+        the delivery is not the consumer's any more."""
         if token[1] not in self.routing.owners:
             return None
         row = self.execute(
-            f"UPDATE queue SET suspicions = suspicions + 1 WHERE seq = ?1 AND {_OURS} RETURNING suspicions", token
+            f"UPDATE queue SET suspicions = deliveries - failures WHERE seq = ?1 AND {_OURS} RETURNING suspicions",
+            token,
         ).fetchone()
         return None if row is None else row[0]
 
