@@ -234,3 +234,19 @@ def test_a_message_that_lost_its_lease_while_it_waited_does_not_shut_the_lane_fo
     assert lanes.finish(first) is None
     third = message(3)
     assert lanes.enter([third]) == ([third], [])
+
+
+def test_a_hot_key_holds_no_more_than_its_share_and_what_is_beyond_goes_back_in_order() -> None:
+    lanes = Lanes()
+    hot = [message(number, "hot") for number in range(6)]
+    other = message(9, "other")
+    start, back = lanes.enter([*hot, other], 2)
+    assert (start, back) == ([hot[0], other], hot[3:])
+    assert lanes.finish(hot[0]) is hot[1]  # the lane flows on while the rest is on its way back
+    late = message(7, "hot")
+    assert lanes.enter([late], 2) == ([], [late])  # it may not pass those
+    assert lanes.finish(hot[1]) is hot[2]
+    assert lanes.finish(hot[2]) is None
+    for one in (*hot[3:], late):
+        assert lanes.finish(one) is None
+    assert lanes.enter([hot[3]], 2) == ([hot[3]], [])

@@ -314,6 +314,7 @@ class RecordingSource:
         broker.ended.append(Ended(message.id, one.outcome, one.delay, one.counted, one.outputs, now))
         if one.outcome == "retry":
             entry.failures += one.counted
+            entry.suspicions, entry.suspect, entry.deliveries = 0, False, 1 + entry.failures  # the handler did end
             broker.back(entry, delay=one.delay, front=False)
         elif one.outcome == "release":
             broker.back(entry)

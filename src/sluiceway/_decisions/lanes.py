@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Hashable, Iterable
 from typing import Any
@@ -30,8 +31,13 @@ class Lanes:
         self._lanes: dict[Hashable, _Lane] = {}
         self.waiting = 0
 
-    def enter(self, messages: Iterable[Message[Any]]) -> tuple[list[Message[Any]], list[Message[Any]]]:
-        """Take arrivals; returns those that may start now and those that must go back behind an earlier one."""
+    def enter(
+        self, messages: Iterable[Message[Any]], longest: int = sys.maxsize
+    ) -> tuple[list[Message[Any]], list[Message[Any]]]:
+        """Take arrivals; returns those that may start now and those that must go back behind an earlier one.
+
+        No more than `longest` wait in one lane, so that a hot key cannot fill the window; the rest goes back.
+        """
         start, back = [], []
         for message in messages:
             lane = None if message.key is None else self._lanes.get(message.key)
@@ -39,7 +45,7 @@ class Lanes:
                 if message.key is not None:
                     self._lanes[message.key] = _Lane(message)
                 start.append(message)
-            elif lane.going_back:
+            elif lane.going_back or len(lane.waiting) >= longest:
                 lane.going_back.add(message)
                 back.append(message)
             else:
@@ -55,13 +61,13 @@ class Lanes:
         lane.going_back.discard(message)
         if lane.running is message:
             lane.running = None
-        if lane.running is not None or lane.going_back:
+        if lane.running is not None:
             return None
-        if not lane.waiting:
+        if lane.waiting:  # nothing waits in a lane that is shut
+            lane.running = lane.waiting.popleft()
+            self.waiting -= 1
+        elif not lane.going_back:
             del self._lanes[message.key]
-            return None
-        lane.running = lane.waiting.popleft()
-        self.waiting -= 1
         return lane.running
 
     def shut(self, message: Message[Any]) -> list[Message[Any]]:

@@ -58,7 +58,7 @@ class Flow:
         self.batchers.on_crash(self._crashed)
         self.lanes: LaneKeeper | None = None
         if spec.ordered:
-            self.lanes = LaneKeeper(self.processors, self.settler, batched=bool(spec.batchers))
+            self.lanes = LaneKeeper(self.processors, self.settler, self.window, batched=bool(spec.batchers))
             self.intake.queue = self._quarantine.queue = self.lanes
             self.intake.waiting_in_lanes = lambda: self.lanes.waiting if self.lanes is not None else 0
         self.leases = LeaseKeeper(spec.name, source, self.settler)

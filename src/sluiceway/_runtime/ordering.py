@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._decisions.lanes import Lanes
+from .._decisions.window import Window
 from ..message import QUEUED, Message, Settlement
 from .processors import Processors
 from .settler import PipelineSettler
@@ -15,11 +16,13 @@ class LaneKeeper:
     """Starts what its lane lets start.
 
     With batchers a lane opens when its message is settled, else when its handler returned; after a failure always when
-    it is settled, so that a retry is at the broker before anything behind it can come again.
+    it is settled, so that a retry is at the broker before anything behind it can come again. One lane holds at most
+    half the window.
     """
 
-    def __init__(self, processors: Processors, settler: PipelineSettler, *, batched: bool) -> None:
+    def __init__(self, processors: Processors, settler: PipelineSettler, window: Window, *, batched: bool) -> None:
         self._lanes = Lanes()
+        self._window = window
         self._processors = processors
         self._settler = settler
         settler.on_settlement = self._settling
@@ -32,7 +35,7 @@ class LaneKeeper:
         return self._lanes.waiting
 
     def put(self, messages: Sequence[Message[Any]]) -> None:
-        start, back = self._lanes.enter(messages)
+        start, back = self._lanes.enter(messages, max(1, self._window.size // 2))
         if start:
             self._processors.put(start)
         self._park(back)
