@@ -106,14 +106,14 @@ def load_dead(db: duckdb.DuckDBPyConnection, dead: Sequence[Stored]) -> None:
         {
             "id": one.id,
             "reason": one.headers["sluiceway-dead-error"],
-            "attempts": int(one.headers["sluiceway-dead-attempts"]),
+            "delivery": int(one.headers["sluiceway-dead-deliveries"]),
             "published": float(one.headers["sluiceway-dead-published-at"]),
             "died": float(one.headers["sluiceway-dead-failed-at"]),
             "flight": msgspec.Raw(one.body),
         }
         for one in dead
     ]
-    shape = {"id": "VARCHAR", "reason": "VARCHAR", "attempts": "INTEGER", "published": "DOUBLE", "died": "DOUBLE"}
+    shape = {"id": "VARCHAR", "reason": "VARCHAR", "delivery": "INTEGER", "published": "DOUBLE", "died": "DOUBLE"}
     shape_json = msgspec.json.encode([{**shape, "flight": FLIGHT}]).decode()
     db.execute(
         f"CREATE TABLE dead AS SELECT unnest(from_json(?, '{shape_json}'), recursive := true)",
@@ -154,11 +154,11 @@ def audit(db: duckdb.DuckDBPyConnection, *, published: int, expected: Expected, 
         f" UNION ALL SELECT {fields}, 'dead' FROM (SELECT DISTINCT ON (id) * FROM dead)"
     )
     db.execute(
-        "CREATE VIEW timed AS SELECT returned, returned - published AS latency, attempt"
+        "CREATE VIEW timed AS SELECT returned, returned - published AS latency, delivery"
         " FROM deliveries JOIN batches USING (worker, batch)"
     )
     db.execute("CREATE VIEW spaced AS SELECT returned, lag(returned) OVER (ORDER BY returned) AS before FROM batches")
-    db.execute("CREATE VIEW first AS SELECT worker, batch FROM deliveries WHERE attempt = 1")
+    db.execute("CREATE VIEW first AS SELECT worker, batch FROM deliveries WHERE delivery = 1")
     lost = one("SELECT count(*) FROM source WHERE row NOT IN (SELECT row FROM found)")
     differs = one(f"SELECT count(*) FROM ({here} EXCEPT ALL {there})")
     foreign = one(f"SELECT count(*) FROM ({there} EXCEPT ALL {here})")
@@ -171,14 +171,14 @@ def audit(db: duckdb.DuckDBPyConnection, *, published: int, expected: Expected, 
         "SELECT count(*) - count(DISTINCT id) FROM (SELECT id FROM deliveries UNION ALL SELECT id FROM dead)"
     )
     strangers = one(
-        "SELECT count(*) FROM (SELECT id FROM deliveries GROUP BY id HAVING count(*) > 1 AND max(attempt) = 1)"
+        "SELECT count(*) FROM (SELECT id FROM deliveries GROUP BY id HAVING count(*) > 1 AND max(delivery) = 1)"
     )
     began = one("SELECT min(published) FROM (SELECT published FROM deliveries UNION ALL SELECT published FROM dead)")
     ended = one("SELECT max(done) FROM (SELECT returned AS done FROM batches UNION ALL SELECT died FROM dead)")
     p50, p99 = one("SELECT quantile_cont(latency, 0.5), quantile_cont(latency, 0.99) FROM timed")
     handled = one("SELECT count(*) FROM found")
     pause = one("SELECT max(returned - greatest(before, ?1)) FROM spaced WHERE returned > ?1", killed_at)
-    resumed, recovered = one("SELECT min(returned), max(returned) FROM timed WHERE attempt > 1")
+    resumed, recovered = one("SELECT min(returned), max(returned) FROM timed WHERE delivery > 1")
     checks = [
         Check("lost: rows of the CSV that are nowhere", 0, lost),
         Check("rows that differ from the CSV in any field, or are in the wrong place", 0, differs - lost),
@@ -201,8 +201,8 @@ def audit(db: duckdb.DuckDBPyConnection, *, published: int, expected: Expected, 
         ),
         dead=dict(dead),
         repeated=repeated,
-        suspects=one("SELECT count(DISTINCT id) FROM deliveries WHERE attempt > 1")
-        + one("SELECT count(DISTINCT id) FROM dead WHERE attempts > 1"),
+        suspects=one("SELECT count(DISTINCT id) FROM deliveries WHERE delivery > 1")
+        + one("SELECT count(DISTINCT id) FROM dead WHERE delivery > 1"),
         seconds=ended - began,
         rate=handled / (ended - began),
         busiest=one("SELECT max(n) FROM (SELECT sum(rows) AS n FROM batches GROUP BY CAST(floor(returned) AS BIGINT))"),

@@ -39,7 +39,7 @@ FLIGHT = {
     "air_time": "SMALLINT",
     "distance": "SMALLINT",
 }
-DELIVERY = {"id": "VARCHAR", "attempt": "SMALLINT", "published": "DOUBLE", "batch": "INTEGER", **FLIGHT}
+DELIVERY = {"id": "VARCHAR", "delivery": "SMALLINT", "published": "DOUBLE", "batch": "INTEGER", **FLIGHT}
 JOURNAL = {
     "batch": "INTEGER",
     "table": "VARCHAR",
@@ -71,7 +71,7 @@ class Warehouse:
         self._batches += 1
         number = self._batches
         rows = [
-            {"id": one.id, "attempt": one.attempt, "published": one.timestamp, "batch": number} | asdict(one.value)
+            {"id": one.id, "delivery": one.deliveries, "published": one.timestamp, "batch": number} | asdict(one.value)
             for one in batch
         ]
         with self._db.cursor() as cursor:
@@ -114,7 +114,7 @@ def read(folder: str | Path) -> duckdb.DuckDBPyConnection:
     for table in TABLES:
         db.execute(
             f"CREATE VIEW {table} AS SELECT * EXCLUDE (worker, target) FROM deliveries WHERE target = '{table}'"
-            " QUALIFY row_number() OVER (PARTITION BY id ORDER BY attempt) = 1"
+            " QUALIFY row_number() OVER (PARTITION BY id ORDER BY delivery) = 1"
         )
     db.execute(
         "CREATE TABLE batches AS SELECT parse_filename(filename, true) AS worker, * EXCLUDE (filename)"

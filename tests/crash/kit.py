@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEAD = f"{TOPIC}.default.dead"
 PATIENCE = 30.0  # seconds: the most that any single step may take
 
-# One group: two of these at once on two cores would starve each other. A test that hangs fails by its own deadlines.
+# One group: two of these at once on two cores slow each other down. (pytest-xdist 3.8 does not group under
+# pytest 9.2; they pass side by side, too.) A test that hangs fails by its own deadlines.
 crash = [pytest.mark.crash, pytest.mark.slow, pytest.mark.xdist_group("crash")]
 
 

@@ -94,11 +94,17 @@ class Killer:
         )  # fmt: skip
 
 
-def finish(site: Site, publisher: Child, workers: list[Child]) -> None:
+def finish(killer: Killer, publisher: Child, workers: list[Child]) -> None:
     """End the stream, wait for the last message, drain."""
+    site = killer.site
     assert site.end(publisher) == [0]
     site.until("the queue is empty", lambda: site.waiting() == 0)
-    site.until("the dead are forgotten", lambda: site.rows("SELECT count(*) FROM owners") == [(2,)])
+
+    def only_the_living() -> bool:
+        living = set(site.book.pids()) - set(killer.killed) - {publisher.pid}
+        return len(living) == 2 and sorted(living) == sorted(pid for (pid,) in site.rows("SELECT pid FROM owners"))
+
+    site.until("the dead are forgotten", only_the_living)
     assert set(site.end(*workers)) == {0}
     assert [path.name for path in site.folder.glob("*-live-*")] == []
 
@@ -115,7 +121,7 @@ def test_workers_killed_at_random_lose_nothing_and_repeat_at_most_their_windows(
     loaded = site.load(Job(n) for n in range(BACKLOG))
     publisher = site.publisher(**STREAM, first=BACKLOG)
     workers = kill_workers(killer, kills, options)
-    finish(site, publisher, workers)
+    finish(killer, publisher, workers)
     killer.check(options["max_demand"], handled, loaded)
 
 
@@ -140,7 +146,7 @@ def test_with_order_by_no_kill_lets_a_message_overtake_an_earlier_one_of_its_key
     options = {**PLAIN, "ordered": True, "work": (0.002, 0.02)}
     killer = Killer(site)
     publisher = site.publisher(**STREAM, keys=7)
-    finish(site, publisher, kill_workers(killer, 10, options))
+    finish(killer, publisher, kill_workers(killer, 10, options))
     killer.check(options["max_demand"], "end", {})
     site.book.check_order(lambda n: n - 7 if n >= 7 else None)
 
@@ -160,7 +166,7 @@ def test_the_command_line_replaces_workers_that_are_killed_at_random(site: Site)
         killer.at_a_random_instant()
         at = killer.kill(site.random.choice(living()))
         killer.wait_for_recovery(at)
-    finish(site, publisher, [boss])
+    finish(killer, publisher, [boss])
     killer.check(PLAIN["max_demand"], "end", loaded)
 
 
@@ -176,7 +182,7 @@ def test_when_all_processes_are_killed_at_once_all_is_there_when_they_come_back(
         killer.at_a_random_instant()
         for victim in (publisher, *workers):
             victim.signal(signal.SIGKILL)
-        killer.killed += [worker.pid for worker in workers]
+        killer.killed += [victim.pid for victim in (publisher, *workers)]
         for victim in (publisher, *workers):
             assert victim.process.wait(5) == -signal.SIGKILL
         settled = site.book.numbers("end")
@@ -186,5 +192,5 @@ def test_when_all_processes_are_killed_at_once_all_is_there_when_they_come_back(
     publisher = site.publisher(**STREAM, first=first)
     workers = [site.worker(**PLAIN) for _ in range(2)]
     killer.wait_for_recovery(time.monotonic())
-    finish(site, publisher, workers)
+    finish(killer, publisher, workers)
     killer.check(PLAIN["max_demand"], "end", {})

@@ -124,6 +124,7 @@ def test_a_dead_letter_carries_its_message_untouched_and_beside_it_why_where_and
     assert why.pop("traceback").endswith("ValueError: no stock\n")
     assert why == {
         "type": "ValueError",
+        "deliveries": "1",
         "error": "no stock",
         "topic": "orders.new",
         "group": "shop",

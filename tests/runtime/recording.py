@@ -7,7 +7,7 @@ runtime asks for more than its window, settles a delivery twice, calls after the
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from bisect import insort
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -27,6 +27,7 @@ class Entry(Struct, eq=False):
 
     id: str
     body: bytes
+    place: int
     key: str | None = None
     failures: int = 0
     suspicions: int = 0
@@ -49,7 +50,9 @@ class Broker:
     """What lives longer than a source: the messages, and the record of all that happened."""
 
     def __init__(self, *bodies: bytes | str, limit: int | None = None) -> None:
-        self.waiting: deque[Entry] = deque()
+        self.waiting: list[Entry] = []  # by place
+        self.parked: set[Entry] = set()
+        self.delayed: set[Entry] = set()
         self.held: dict[Message[Any], Entry] = {}
         self.kept: list[str] = []  # ids that a close left as ours
         self.limit = limit
@@ -84,7 +87,7 @@ class Broker:
         for body in bodies:
             self._count += 1
             data = body.encode() if isinstance(body, str) else body
-            entry = Entry(f"m{self._count}", data, key, **fields)
+            entry = Entry(f"m{self._count}", data, self._count, key, **fields)
             self.waiting.append(entry)
             ids.append(entry.id)
         self.changed()
@@ -113,6 +116,11 @@ class Broker:
     async def settled(self, count: int) -> None:
         """Return when so many messages have ended for good."""
         await self.until(lambda: len(self.done) >= count)
+
+    def has_earlier(self, message: Message[Any]) -> bool:
+        """Whether an earlier message of the same key is at the broker, in nobody's hand."""
+        entry = self.held.get(message)
+        return entry is not None and _behind(entry, (*self.waiting, *self.parked, *self.delayed))
 
     def outcomes(self, id: str) -> list[str]:
         return [one.outcome for one in self.ended if one.id == id]
@@ -149,16 +157,34 @@ class Broker:
     def violation(self, text: str) -> None:
         self.violations.append(text)
 
-    def back(self, entry: Entry, *, delay: float = 0.0, front: bool = True) -> None:
+    def back(self, entry: Entry, *, delay: float = 0.0) -> None:
         if delay > 0:
+            self.delayed.add(entry)
             asyncio.get_running_loop().call_later(delay, self._due, entry)
-        elif front:
-            self.waiting.appendleft(entry)
         else:
-            self.waiting.append(entry)
+            insort(self.waiting, entry, key=_place)
+
+    def take(self, demand: int) -> list[Entry]:
+        """The earliest messages, but none of a key of which an earlier one waits for its retry or is parked."""
+        self._unpark()
+        away = [entry for entry in (*self.delayed, *self.parked) if entry.key is not None]
+        if not away:
+            taken, self.waiting = self.waiting[:demand], self.waiting[demand:]
+            return taken
+        taken = [one for one in self.waiting if not _behind(one, away)][:demand]
+        chosen = set(map(_place, taken))
+        self.waiting = [one for one in self.waiting if one.place not in chosen]
+        return taken
+
+    def _unpark(self) -> None:
+        for entry in sorted(self.parked, key=_place):
+            if not _behind(entry, (*self.delayed, *self.held.values())):
+                self.parked.discard(entry)
+                self.back(entry)
 
     def _due(self, entry: Entry) -> None:
-        self.waiting.append(entry)
+        self.delayed.discard(entry)
+        self.back(entry)
         self.changed()
 
 
@@ -197,13 +223,12 @@ class RecordingSource:
             broker.changed()
             if broker.on_receive is not None:
                 await broker.on_receive(demand)
-            while not (broker.waiting or self.stopped or self.paused or self.closed):
-                self._waiter = asyncio.get_running_loop().create_future()
-                await self._waiter
-            if self.stopped or self.paused or self.closed:
-                return []
-            count = min(demand, len(broker.waiting))
-            messages = [self._deliver(broker.waiting.popleft()) for _ in range(count)]
+            messages: list[Message[Any]] = []
+            while not (messages or self.stopped or self.paused or self.closed):
+                messages = [self._deliver(entry) for entry in broker.take(demand)]
+                if not messages:
+                    self._waiter = asyncio.get_running_loop().create_future()
+                    await self._waiter
             broker.max_most = max(broker.max_most, len(self.mine))
             return messages
         finally:
@@ -315,16 +340,25 @@ class RecordingSource:
         if one.outcome == "retry":
             entry.failures += one.counted
             entry.suspicions, entry.suspect, entry.deliveries = 0, False, 1 + entry.failures  # the handler did end
-            broker.back(entry, delay=one.delay, front=False)
+            broker.back(entry, delay=one.delay)
         elif one.outcome == "release":
             broker.back(entry)
         elif one.outcome == "park":
-            broker.back(entry, front=False)
+            broker.parked.add(entry)
         return []
 
     def _check_open(self, what: str) -> None:
         if self.closed:
             self.broker.violation(f"{what} after the close")
+
+
+def _place(entry: Entry) -> int:
+    return entry.place
+
+
+def _behind(entry: Entry, others: Iterable[Entry]) -> bool:
+    """Whether one of the others has the same key and comes before."""
+    return entry.key is not None and any(one.key == entry.key and one.place < entry.place for one in others)
 
 
 @asynccontextmanager

@@ -58,6 +58,8 @@ class Chaos:
             self.keys[key] += 1
             if self.keys[key] > 1:
                 self.broker.violation("two of one key at once")
+            if self.broker.has_earlier(message):
+                self.broker.violation(f"{message.id} passed an earlier one of its key")
         try:
             await self.something(message)
         finally:

@@ -60,6 +60,7 @@ def dead_letter(message: Message[Any], reason: Reason, rules: FailureRules, now:
         "group": rules.group,
         "consumer": rules.consumer,
         "attempts": str(message.attempt),
+        "deliveries": str(message.deliveries),
         "published-at": repr(message.timestamp),
         "failed-at": repr(now),
     }

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
-from ..errors import DecodeError, HandlerTimeout, Release
+from ..errors import HandlerTimeout, Release
 from ..message import QUEUED, RUNNING, SETTLING, Handler, Message
 from .batchers import Batchers
 from .failures import Failures
@@ -299,18 +299,6 @@ class AsyncProcessors:
     def _failing_ended(self, task: asyncio.Task[None]) -> None:
         self._failing.discard(task)
         self._look_for_crash(task)
-
-
-def decoder(decode: Callable[[bytes], Any], what: str) -> Callable[[bytes], Any]:
-    """`decode` whose errors are DecodeErrors that say which type was expected."""
-
-    def checked(body: bytes) -> Any:
-        try:
-            return decode(body)
-        except Exception as error:
-            raise DecodeError(f"the body is not {what}: {error}") from error
-
-    return checked
 
 
 def _nothing() -> None:

@@ -66,18 +66,35 @@ class SuspectQuarantine:
 
         All others go back, so that the next receive brings them again.
         """
-        suspects = [message for message in messages if message.suspect]
-        chosen = next_suspects(suspects, ordered=self.spec.ordered)
+        if self.spec.ordered and len(self.settler.held) > len(messages):
+            # Earlier ones of their keys may be in hand, and may fail: none may pass them. They end first.
+            self._release(messages)
+            await self._alone_with(())
+            return
+        first = self._first_of_their_keys(messages) if self.spec.ordered else messages
+        suspects = [message for message in first if message.suspect]
+        chosen = next_suspects(suspects, ordered=self.spec.ordered) if suspects else list(first)
         self._release(self.take_unstarted())
         self._release([message for message in messages if message not in chosen])
         await self._alone_with(chosen)
         if self._stopping:
             self._release(chosen)
-        elif runs_alone(chosen[0]):
+        elif suspects and runs_alone(chosen[0]):
             await self._run_alone(chosen[0])
         else:
             self.queue.put(chosen)
         await self._alone_with(())
+
+    def _first_of_their_keys(self, messages: Sequence[Message[Any]]) -> list[Message[Any]]:
+        """Suspects and others do not run together: of each key only those of the first one's kind, up to the other."""
+        first: list[Message[Any]] = []
+        kinds: dict[str, bool | None] = {}
+        for message in messages:
+            if message.key is not None and kinds.setdefault(message.key, message.suspect) != message.suspect:
+                kinds[message.key] = None
+            else:
+                first.append(message)
+        return first
 
     def _release(self, messages: Sequence[Message[Any]]) -> None:
         for message in messages:
