@@ -26,7 +26,7 @@ def test_a_retry_delay_is_finite_and_within_the_jitters_share_of_the_cap(
 ) -> None:
     delay = retry_delay(retry, attempt, draw)
     assert math.isfinite(delay)
-    assert 0 <= delay <= retry.max_delay
+    assert 0 <= delay <= float(retry.max_delay)
     whole = retry_delay(retry, attempt, 0.0)
     assert whole * (1 - retry.jitter) <= delay * (1 + 1e-9)
     assert delay <= whole

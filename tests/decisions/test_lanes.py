@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sluiceway._decisions.lanes import Lanes
-from sluiceway.message import QUEUED, RUNNING, SETTLED, SETTLING, Message
+from sluiceway.message import QUEUED, RUNNING, SETTLED, Message
 
 KEYS = st.sampled_from([None, "a", "b"])
 
@@ -66,7 +66,7 @@ class LanesMachine(RuleBasedStateMachine):
             self.start(following)
 
     def send_back(self, one: Message[Any]) -> None:
-        one.state = SETTLING
+        one.state = SETTLED
         self.back.append(one)
 
     # -- what happens ---------------------------------------------------------------------------------------------
@@ -97,10 +97,8 @@ class LanesMachine(RuleBasedStateMachine):
         """The handler returns, which opens the lane; or, with batchers, only its settle does."""
         one = data.draw(st.sampled_from(self.started))
         self.started.remove(one)
-        if settled_first:
-            one.state = SETTLED
-        else:
-            one.state = SETTLING
+        one.state = SETTLED
+        if not settled_first:
             self.returned.append(one)
         self.follow(one.key, self.lanes.finish(one))
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from .._decisions.policy import give_up, reason_of, settle_failure
 from ..errors import DecodeError, Directive, OptionError, Release
-from ..message import SETTLING, Message, Settlement
+from ..message import SETTLED, Message, Settlement
 from ..telemetry import MessageFailed, Telemetry
 from .settler import PipelineSettler
 from .spec import ErrorChoice, PipelineSpec
@@ -33,7 +33,7 @@ class Failures:
         """Settle messages whose `error` is set. Never raises what a hook raises; settles even when cancelled."""
         settlements = []
         for message in messages:
-            if message.state >= SETTLING:
+            if message.state >= SETTLED:
                 self._late(message)
                 self.settler.handler_ended(message)
             else:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from ..errors import HandlerTimeout, Release
-from ..message import QUEUED, RUNNING, SETTLING, Handler, Message
+from ..message import QUEUED, RUNNING, SETTLED, Handler, Message
 from .batchers import Batchers
 from .failures import Failures
 from .settler import PipelineSettler
@@ -217,7 +217,7 @@ class AsyncProcessors:
                     elif message.outputs is not None:
                         settler.ack(message)
                     else:
-                        message.state = SETTLING
+                        message.state = SETTLED
                         settler.acks.append(message)  # looked up each time: a send puts a new list there
                         if not settler.scheduled:
                             settler.schedule()

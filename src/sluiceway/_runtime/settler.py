@@ -10,7 +10,7 @@ from typing import Any
 
 from .._decisions.backoff import reconnect_delay
 from ..errors import AppError, LeaseLost, RoutingError
-from ..message import QUEUED, SETTLED, SETTLING, Message, Refused, Settlement
+from ..message import QUEUED, SETTLED, Message, Refused, Settlement
 from ..source import Source
 from ..telemetry import Settled, SettleRefused, Telemetry
 from .spec import PipelineSpec
@@ -52,8 +52,8 @@ class PipelineSettler:
     # -- what processors call ------------------------------------------------------------------------------------
 
     def ack(self, message: Message[Any]) -> None:
-        """End a delivery as a success. Called once per delivery, by whoever moves it to SETTLING."""
-        message.state = SETTLING
+        """End a delivery as a success. Called once per delivery, by whoever moves it to SETTLED."""
+        message.state = SETTLED
         if message.outputs:
             self._others.append(Settlement(message, "ack", outputs=tuple(message.outputs)))
         else:
@@ -70,12 +70,12 @@ class PipelineSettler:
         acks = self.acks
         for message in messages:
             if error is None and message.error is None:
-                if message.state >= SETTLING:
+                if message.state >= SETTLED:
                     self.handler_ended(message)
                 elif message.outputs:
                     self.ack(message)
                 else:
-                    message.state = SETTLING
+                    message.state = SETTLED
                     acks.append(message)
             else:
                 if message.error is None:
@@ -92,9 +92,9 @@ class PipelineSettler:
 
     def settle(self, settlement: Settlement) -> None:
         """End a delivery in another way than a plain ack. Ignored when the message is settled already."""
-        if settlement.message.state >= SETTLING:
+        if settlement.message.state >= SETTLED:
             return
-        settlement.message.state = SETTLING
+        settlement.message.state = SETTLED
         self._others.append(settlement)
         if self.on_settlement is not None:
             self.on_settlement(settlement)
@@ -115,7 +115,7 @@ class PipelineSettler:
         """The handler of a message that was settled before has ended: only now may the next one of its key start."""
         if message in self._early:
             self._early.discard(message)
-            if message.state == SETTLED and self.on_ended is not None:
+            if message not in self.held and self.on_ended is not None:
                 self.on_ended((message,))
 
     def encode(self, payload: Any) -> bytes:
@@ -227,8 +227,6 @@ class PipelineSettler:
             self._sending -= count
 
     def _ended(self, messages: list[Message[Any]], refused: Sequence[Refused]) -> None:
-        for message in messages:
-            message.state = SETTLED
         self.held.difference_update(messages)
         self.finished += len(messages)
         for one in refused:
