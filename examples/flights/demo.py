@@ -187,7 +187,7 @@ def summary(figures: Figures) -> Table:
         ("handled", f"{figures.handled:,}", "each counted once"),
         ("batches", f"{figures.batches:,}", f"one transaction each; half hold {figures.batch_median:,} or more"),
         *(("dead-lettered", f"{count:,}", reason) for reason, count in figures.dead.items()),
-        ("in the killed worker's hand", f"{figures.suspects:,}", "each was handled again by another worker, apart from the rest"),
+        ("in the killed worker's hand", f"{figures.suspects:,}", "each was handled again, apart from the rest"),
         ("repeated after the kill", f"{figures.repeated:,}", "on disk before the kill, but not yet acked"),
         ("lost", lost, "every row of the CSV was looked for in the tables and the dead letters"),
         ("messages/s", f"{figures.rate:,.0f}", f"over {figures.seconds:.1f} s; {figures.busiest:,.0f} in the busiest"),

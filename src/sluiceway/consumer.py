@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import sys
-import typing
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
-from functools import partial
-from typing import Annotated, Any, Generic, Protocol, TypeVar, Unpack, cast, get_args, get_origin, overload
+from typing import Any, Generic, Protocol, TypeVar, Unpack, cast, overload
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -18,6 +14,7 @@ from ._runtime.spec import ErrorChoice
 from .errors import AppError, OptionError
 from .message import DEFAULT_BATCHER, Batch, Message
 from .options import Batching, ConsumerOptions, Resolved, resolve
+from .signatures import check_call, class_payload_type, is_async, method_of, name_of, payload_type, takes, with_context
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,7 +49,10 @@ class Consumer(Generic[T]):
         return None
 
     def handle_failed(self, messages: Sequence[Message[T]]) -> Awaitable[None] | None:
-        """Learn of messages that are not tried again, before they are dead-lettered. `message.error` says why."""
+        """Learn of messages that are not tried again, before they are dead-lettered. `message.error` says why.
+
+        Not called for a message that killed its process: it would be in hand here too.
+        """
         return None
 
 
@@ -130,10 +130,10 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
     """A consumer as a function. Calling it calls the function, so that it can be tested by itself."""
 
     def __init__(self, function: Callable[..., Any], topics: tuple[str, ...], given: Mapping[str, Any]) -> None:
-        super().__init__(topics, given, _name(function))
-        _check_call(self.name, function, "a handler takes (message) or (message, context)", 1, 2)
+        super().__init__(topics, given, name_of(function))
+        check_call(self.name, function, "a handler takes (message) or (message, context)", 1, 2)
         self.function = function
-        self.payload_type = given.get("payload") or _payload_type(self.name, function)
+        self.payload_type = given.get("payload") or payload_type(self.name, function)
         self._on_error: Callable[..., Any] | None = None
         self._on_failed: Callable[..., Any] | None = None
         self.__doc__ = function.__doc__
@@ -165,7 +165,7 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
             where = f"{self.name}, batcher {name!r}"
             if name in self.batchers:
                 raise OptionError(f"{self.name}: batcher {name!r} is declared twice")
-            _check_call(where, function, "a batch handler takes (batch) or (batch, context)", 1, 2)
+            check_call(where, function, "a batch handler takes (batch) or (batch, context)", 1, 2)
             try:
                 batching = Batching(
                     size=default.size if size is None else size,
@@ -182,21 +182,21 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
 
     def handle_error(self, function: HookF) -> HookF:
         """Declare `handle_error(message, error)`; see Consumer.handle_error."""
-        _check_call(self.name, function, "handle_error takes (message, error)", 2)
+        check_call(self.name, function, "handle_error takes (message, error)", 2)
         self._on_error = function
         return function
 
     def handle_failed(self, function: HookF) -> HookF:
         """Declare `handle_failed(messages)`; see Consumer.handle_failed."""
-        _check_call(self.name, function, "handle_failed takes (messages)", 1)
+        check_call(self.name, function, "handle_failed takes (messages)", 1)
         self._on_failed = function
         return function
 
     def bind(self, context: Any) -> Bound:
         sizes = self.batchings()
-        batchers = {name: (_with(one.handle, context), sizes[name]) for name, one in self.batchers.items()}
+        batchers = {name: (with_context(one.handle, context), sizes[name]) for name, one in self.batchers.items()}
         return Bound(
-            handle=_with(self.function, context),
+            handle=with_context(self.function, context),
             is_async=is_async(self.function),
             payload_type=self.payload_type,
             batchers=batchers,
@@ -217,11 +217,11 @@ class ClassConsumer(ConsumerDef):
             raise OptionError(f"{self.name}: define handle, handle_batch or both")
         if self.value("batchers") and not self.has_batch:
             raise OptionError(f"{self.name}: batchers need a handle_batch")
-        _check_call(self.name, kind, "the constructor takes nothing or the context", 0, 1)
+        check_call(self.name, kind, "the constructor takes nothing or the context", 0, 1)
         for method, arguments in _METHODS.items():
             rule = f"{method} takes (self, {', '.join(arguments)})"
-            _check_call(self.name, _method(kind, method), rule, len(arguments))
-        self.payload_type = given.get("payload") or _class_payload_type(self.name, kind, self.has_handle)
+            check_call(self.name, method_of(kind, method), rule, len(arguments))
+        self.payload_type = given.get("payload") or class_payload_type(self.name, kind, Consumer, self.has_handle)
         if self.has_batch:
             named = self.value("batchers") or {}
             batchers = named if DEFAULT_BATCHER in named else {DEFAULT_BATCHER: self.default_batching(), **named}
@@ -229,7 +229,7 @@ class ClassConsumer(ConsumerDef):
 
     def bind(self, context: Any) -> Bound:
         make = cast("Callable[..., Consumer[Any]]", self.kind)
-        consumer = make(context) if _takes(make, 0, context) else make()
+        consumer = make(context) if takes(make, 0, context) else make()
         sizes = self.batchings()
         return Bound(
             handle=consumer.handle if self.has_handle else _payload,
@@ -301,130 +301,3 @@ def _checked_topic(name: str, topic: str) -> None:
         raise OptionError(f"{name}: {error}") from None
     if is_pattern(topic) and is_dead_letter_topic(topic):
         raise OptionError(f"{name}: topic {topic!r} matches nothing: dead-letter topics must be named in full")
-
-
-# -- reading what users write ----------------------------------------------------------------------------------------
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling `function` gives an awaitable: seen through partials, decorators and objects with `__call__`."""
-    layer: Any = function
-    while layer is not None:
-        if inspect.iscoroutinefunction(layer) or inspect.iscoroutinefunction(getattr(layer, "__call__", None)):  # noqa: B004
-            return True
-        layer = layer.func if isinstance(layer, partial) else getattr(layer, "__wrapped__", None)
-    return False
-
-
-def _name(function: Any) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return getattr(function, "__name__", None) or type(function).__name__
-
-
-def _method(kind: type, name: str) -> Callable[..., Any]:
-    """A method as its object will have it: without `self`."""
-    found: Callable[..., Any] = getattr(kind, name)
-    return partial(found, None) if inspect.isfunction(inspect.getattr_static(kind, name)) else found
-
-
-def _check_call(where: str, function: Callable[..., Any], rule: str, *counts: int) -> None:
-    """Raise OptionError unless `function` can be called with one of so many arguments and then does its work."""
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise OptionError(f"{where}: {_name(function)} has a `yield`: a call would run nothing of it; use `return`")
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        raise OptionError(f"{where}: {rule}, and {function!r} does not say what it takes") from None
-    if next(iter(signature.parameters), None) in ("self", "cls"):
-        raise OptionError(f"{where}: a method is declared by its class, one that inherits from Consumer[payload type]")
-    for count in counts:
-        with contextlib.suppress(TypeError):
-            signature.bind(*range(count))
-            return
-    raise OptionError(f"{where}: {rule}; got {_name(function)}{signature}")
-
-
-def _takes(function: Callable[..., Any], index: int, context: Any) -> bool:
-    """Whether the context is handed over as argument `index`. One with a default keeps it when there is no context."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    taken = [one for one in inspect.signature(function).parameters.values() if one.kind in kinds]
-    return len(taken) > index and (taken[index].default is inspect.Parameter.empty or context is not None)
-
-
-def _with(function: Callable[..., Any], context: Any) -> Callable[[Any], Any]:
-    """`function(message)`, also when it takes the context as its second argument."""
-    if not _takes(function, 1, context):
-        return function
-    if is_async(function):
-
-        async def bound(subject: Any) -> Any:
-            return await function(subject, context)
-
-        return bound
-    return lambda subject: function(subject, context)
-
-
-def _payload_type(name: str, function: Callable[..., Any]) -> Any:
-    """T of the first parameter's `Message[T]`; Any (whatever the JSON says) when it says nothing."""
-    first = next(iter(inspect.signature(function).parameters.values()))
-    if first.annotation is inspect.Parameter.empty:
-        return Any
-    annotation = _evaluated(name, first.annotation, _globals(function))
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) is Message:
-        (argument,) = get_args(annotation)
-        return Any if isinstance(argument, TypeVar) else argument
-    foreign = inspect.isclass(annotation) and annotation is not Any and annotation not in Message.__mro__
-    if foreign and not getattr(annotation, "_is_protocol", False):
-        raise OptionError(f"{name}: a handler takes a Message[{annotation.__name__}], not a {annotation.__name__}")
-    return Any
-
-
-def _class_payload_type(name: str, kind: type[Consumer[Any]], has_handle: bool) -> Any:
-    argument = _argument(name, kind)
-    if not isinstance(argument, TypeVar):
-        return argument
-    return _payload_type(name, _method(kind, "handle")) if has_handle else Any
-
-
-def _argument(name: str, kind: type) -> Any:
-    """What stands for T of `Consumer[T]`, followed through the classes between; a TypeVar when nothing does."""
-    for base in vars(kind).get("__orig_bases__", kind.__bases__):
-        origin = get_origin(base) or base
-        if origin is Consumer:
-            argument = get_args(base)[0] if get_args(base) else T
-            return _evaluated(name, argument, vars(sys.modules[kind.__module__]))
-        if inspect.isclass(origin) and issubclass(origin, Consumer):
-            found = _argument(name, origin)
-            known: dict[Any, Any] = dict(zip(getattr(origin, "__parameters__", ()), get_args(base), strict=False))
-            if isinstance(found, TypeVar):
-                return known.get(found, found)
-            open_ones = getattr(found, "__parameters__", ())
-            return found[tuple(known.get(one, one) for one in open_ones)] if open_ones else found
-    return T
-
-
-def _globals(function: Any) -> dict[str, Any]:
-    """The names that a function's annotations can use."""
-    while isinstance(function, partial) or hasattr(function, "__wrapped__"):
-        function = function.func if isinstance(function, partial) else function.__wrapped__
-    if not hasattr(function, "__globals__"):
-        function = getattr(function, "__func__", type(function).__call__)
-    return getattr(function, "__globals__", {})
-
-
-def _evaluated(name: str, annotation: Any, names: dict[str, Any]) -> Any:
-    """An annotation that may be, or hold, text. It alone: the others of its function may be for type checkers only."""
-
-    def holder() -> None: ...
-
-    holder.__annotations__ = {"it": annotation}
-    try:
-        return typing.get_type_hints(holder, names, include_extras=True)["it"]
-    except Exception as error:
-        raise OptionError(
-            f"{name}: the annotation {annotation!r} cannot be read here ({error}); "
-            "define the type at module level, above the consumer, or give payload=..."
-        ) from None

@@ -85,12 +85,6 @@ class ConsumerManager:
         bound = definition.bind(self._context)
         gates = (self._pauses[name],)
         spec = make_spec(definition, bound, group=group, features=transport.features, gates=gates)
-        subscription = make_subscription(definition, spec)
-        for finding in await transport.ensure([subscription], create=True):
-            if finding.level == "error":
-                raise AppError(f"{name}: {finding.text}")
-            log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s: %s", name, finding.text)
-        self._check_startable(name)  # the app may have begun to stop meanwhile
 
         async def open_source() -> Source:
             return await transport.subscribe(subscription)
@@ -98,6 +92,12 @@ class ConsumerManager:
         rule = RestartRule(self._app.max_restarts, self._app.max_seconds)
         supervisor = Supervisor(spec, open_source, self._app.telemetry, rule, self._shutdown_timeout)
         supervisor.on_exit = self._fail
+        subscription = make_subscription(definition, spec, supervisor.revoked)
+        for finding in await transport.ensure([subscription], create=True):
+            if finding.level == "error":
+                raise AppError(f"{name}: {finding.text}")
+            log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s: %s", name, finding.text)
+        self._check_startable(name)  # the app may have begun to stop meanwhile
         task = asyncio.create_task(supervisor.run(), name=f"{name}: pipeline")
         self._running[name] = _Running(supervisor, task)
         task.add_done_callback(lambda ended: self._on_ended(name, ended))

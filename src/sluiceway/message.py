@@ -32,8 +32,8 @@ Outcome = Literal["ack", "retry", "dead_letter", "release", "park"]
 class State(enum.IntEnum):
     """Where a delivery stands. It only moves forward, and reaches SETTLED once.
 
-    SETTLED: how it ends is decided, once and for all; whether the broker has it is for the settler's `held` to say, since
-    an attribute written twice per message costs 4 % of the whole path.
+    SETTLED: how it ends is decided, once and for all. Whether the broker has it is for the settler's `held` to say:
+    one more attribute written per message would cost 4 % of the whole path.
     """
 
     QUEUED = 0

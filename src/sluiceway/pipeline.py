@@ -11,13 +11,14 @@ from ._runtime.spec import BatcherSpec, PipelineSpec
 from ._runtime.supervisor import PipelineStats, Supervisor
 from ._runtime.thread_calls import ThreadCalls
 from .codec import encode, make_decoder, make_encoder
-from .consumer import Bound, ConsumerDef, FunctionConsumer, is_async
+from .consumer import Bound, ConsumerDef, FunctionConsumer
 from .errors import OptionError, Unsupported
 from .gate import Gate
 from .message import Batch, Message
 from .middleware import compose
 from .options import Batching, ConsumerOptions
-from .source import Source, Subscription
+from .signatures import is_async
+from .source import OnRevoke, Source, Subscription
 from .telemetry import Telemetry
 from .transport import Features
 
@@ -104,7 +105,7 @@ def make_spec(
     )
 
 
-def make_subscription(definition: ConsumerDef, spec: PipelineSpec) -> Subscription:
+def make_subscription(definition: ConsumerDef, spec: PipelineSpec, on_revoke: OnRevoke) -> Subscription:
     """What the transport is asked to open."""
     return Subscription(
         topics=definition.topics,
@@ -113,6 +114,7 @@ def make_subscription(definition: ConsumerDef, spec: PipelineSpec) -> Subscripti
         max_bytes=spec.max_bytes,
         start=definition.value("start"),
         order_by=definition.value("order_by"),
+        on_revoke=on_revoke,
     )
 
 

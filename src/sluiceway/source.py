@@ -99,9 +99,10 @@ class Source(Protocol):
         ...
 
     async def suspect(self, message: Message[Any]) -> bool:
-        """Write down, durably, that a suspect runs alone now: one suspicion for every death that had it in hand.
+        """Write down, durably, that a suspect runs alone now.
 
-        After it `suspicions = deliveries - 1 - failures`.
+        `_decisions.suspicion.suspicions_now` says how many suspicions there are then; they explain every death so far.
+
 
         True: it is written and `message.suspicions` says so: run it now. False: run nothing; the message is no longer
         ours, or comes again with its suspicion.

@@ -18,7 +18,8 @@ class Features(Struct, frozen=True, kw_only=True):
     - `order`: how far `order_by` holds: not at all, within one process, or over the whole group.
     - `delay`: how a delayed message waits: natively, on a ladder of delay queues, on retry topics, or not at all.
     - `atomic`: outputs and settle are one transaction.
-    - `park`: a message can be handed back until the earlier one of its key is settled.
+    - `park`: a message can be handed back until the earlier one of its key is settled, and really waits at the broker;
+      one that only requeues would have it back at once, again and again.
     - `release`: a message can be handed back at once, uncounted.
     - `lease`: a delivery comes back when it is not renewed.
     - `max_payload`: body bytes, the most one message may have.

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from sluiceway import Pipeline
+from sluiceway._decisions.suspicion import suspicions_now
 from sluiceway.message import Message, Outgoing, Refused, Settlement
 from sluiceway.source import Backlog, Renewer, SourceStatus
 
@@ -267,7 +268,9 @@ class RecordingSource:
             self._forget(message)
             return False
         entry = broker.held[message]
-        entry.suspicions = message.suspicions = entry.deliveries - 1 - entry.failures
+        entry.suspicions = suspicions_now(entry.deliveries, entry.failures, entry.suspicions)
+        entry.deliveries = 1 + entry.failures + entry.suspicions
+        message.suspicions = entry.suspicions
         broker.suspected.append(message.id)
         return True
 

@@ -19,6 +19,16 @@ def is_suspect(deliveries: int, failures: int, suspicions: int) -> bool:
     return deliveries > 1 + failures + suspicions
 
 
+def suspicions_now(deliveries: int, failures: int, suspicions: int) -> int:
+    """The suspicions to write down before a suspect runs alone.
+
+    One for every death that is not explained yet, but two at most: the one that took the window and the one that took
+    its group. More than those were kills from outside, while it waited; a message must have run alone at least twice
+    before those could count against it.
+    """
+    return suspicions + min(2, deliveries - 1 - failures - suspicions)
+
+
 def runs_alone(message: Message[Any]) -> bool:
     """Whether more than one death points at a suspect, so that it may only run alone."""
     return message.suspicions > 0 or message.deliveries > message.attempt + 1

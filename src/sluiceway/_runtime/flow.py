@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from .._decisions.window import Window
-from ..message import RUNNING, Message, Settlement
+from ..message import QUEUED, RUNNING, Message, Scope, Settlement
 from ..source import Source
 from ..telemetry import PipelineStopped, Telemetry
 from .batchers import Batchers
@@ -63,6 +64,7 @@ class Flow:
             self.intake.waiting_in_lanes = lambda: self.lanes.waiting if self.lanes is not None else 0
         self.leases = LeaseKeeper(spec.name, source, self.settler)
         self._stop = asyncio.Event()
+        self._freed = asyncio.Event()
         self._crash: Exception | None = None
 
     def stop(self) -> None:
@@ -73,6 +75,23 @@ class Flow:
     def hurry(self) -> None:
         """Cut the drain short, as if its time were up. Idempotent; does nothing before the drain."""
         self._drain.hurry()
+
+    async def revoked(self, scopes: frozenset[Scope], seconds: float | None) -> None:
+        """Scopes are taken away in so many seconds, or are gone (None). Returns when nothing of them is held, or then.
+
+        What has not started goes back, or is forgotten when they are gone: another consumer has it.
+        """
+        of_scopes = [message for message in self.settler.held if message.scope in scopes]
+        if seconds is None:
+            self.settler.forget(of_scopes)
+            return
+        self._release([message for message in of_scopes if message.state == QUEUED])
+        self.batchers.emit_all("revoke")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while any(message in self.settler.held for message in of_scopes):
+                    self._freed.clear()
+                    await self._freed.wait()
 
     async def run(self, shutdown_timeout: Callable[[], float]) -> Drained:
         """Move messages until `stop()`, then drain within `shutdown_timeout()` seconds and close the source.
@@ -118,6 +137,7 @@ class Flow:
         self.intake.poke()
         self._quarantine.poke()
         self._drain.poke()
+        self._freed.set()
 
     def _release(self, messages: list[Message[Any]]) -> int:
         for message in messages:

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from .._decisions.backoff import RestartRule
 from ..errors import OptionError, PipelineFailed
+from ..message import Scope
 from ..source import Backlog, Source
 from ..telemetry import PipelineCrashed, PipelineStarted, Telemetry
 from .drain import Drained
@@ -96,6 +97,11 @@ class Supervisor:
         """Cut a drain short: what still runs is cancelled. Idempotent; does nothing before the drain."""
         if self._flow is not None:
             self._flow.hurry()
+
+    async def revoked(self, scopes: frozenset[Scope], seconds: float | None) -> None:
+        """The source says that scopes are taken away, in so many seconds; None: they are gone."""
+        if self._flow is not None:
+            await self._flow.revoked(scopes, seconds)
 
     def stats(self) -> PipelineStats:
         """The pipeline at this moment."""

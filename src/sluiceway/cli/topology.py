@@ -8,9 +8,10 @@ from msgspec import Struct
 
 from .._decisions.topics import dead_letter_topic, is_pattern
 from ..app import App
-from ..consumer import ClassConsumer, ConsumerDef, FunctionConsumer, is_async
+from ..consumer import ClassConsumer, ConsumerDef, FunctionConsumer
 from ..options import Resolved
 from ..pipeline import check_features, window_bounds
+from ..signatures import is_async
 
 
 class BatcherView(Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from heapq import heapify, heappop, heappush
 from itertools import repeat
 from typing import Any
 
-from ..._decisions.suspicion import is_suspect
+from ..._decisions.suspicion import is_suspect, suspicions_now
 
 Entry = tuple[Any, ...]
 """A message as one group keeps it: what `Message` is made of at its next hand-over, in the order of its fields.
@@ -62,9 +62,10 @@ def _next_token(entry: Entry) -> Any:
 
 
 def suspected(entry: Entry) -> Entry:
-    """The entry, suspected of every death that had it in hand."""
-    deliveries, failures, _ = counts_of(entry)
-    return _counted(entry, entry[TOKEN], deliveries, failures, deliveries - 1 - failures)
+    """The entry, suspected of the deaths that had it in hand."""
+    deliveries, failures, suspicions = counts_of(entry)
+    suspicions = suspicions_now(deliveries, failures, suspicions)
+    return _counted(entry, entry[TOKEN], 1 + failures + suspicions, failures, suspicions)
 
 
 def as_new(entry: Entry) -> Entry:

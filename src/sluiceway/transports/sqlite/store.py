@@ -11,7 +11,7 @@ from typing import Any
 
 import apsw
 
-from ..._decisions.suspicion import is_suspect
+from ..._decisions.suspicion import is_suspect, suspicions_now
 from ..._decisions.topics import check_topic
 from ...errors import OptionError
 from ...message import NO_HEADERS, Message, Outgoing, Refused, Settlement, Stored
@@ -276,10 +276,16 @@ class Store:
         if token[1] not in self.routing.owners:
             return None
         row = self.execute(
-            f"UPDATE queue SET suspicions = deliveries - failures WHERE seq = ?1 AND {_OURS} RETURNING suspicions",
-            token,
+            f"SELECT deliveries + 1, failures, suspicions FROM queue WHERE seq = ?1 AND {_OURS}", token
         ).fetchone()
-        return None if row is None else row[0]
+        if row is None:
+            return None
+        suspicions, failures = suspicions_now(*row), row[1]
+        self.execute(
+            "UPDATE queue SET suspicions = ?2, deliveries = ?3 WHERE seq = ?1",
+            (token[0], suspicions, failures + suspicions),
+        )
+        return suspicions
 
     # -- looking
 
