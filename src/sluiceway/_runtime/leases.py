@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from ..message import Message
@@ -39,14 +40,15 @@ class LeaseKeeper:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
-    def _run(self, make: Any, interval: float) -> None:
+    def _run(self, make: Callable[[], Renewer], interval: float) -> None:
         renewer: Renewer | None = None
         while not self._stop.wait(interval * random.uniform(0.8, 1.0)):
             held = list(self.settler.held)  # one step of C code, so the loop cannot change the set meanwhile
             if not held:
                 continue
             try:
-                renewer = renewer or make()
+                if renewer is None:
+                    renewer = make()
                 lost = set(renewer.renew([message.token for message in held]))
             except Exception as error:
                 log.warning("%s: renewing %d leases failed: %s; trying again soon", self.name, len(held), error)

@@ -37,14 +37,17 @@ class Processors(Queue, Protocol):
     @property
     def unstarted(self) -> int:
         """Messages whose handler was not entered."""
+        ...
 
     @property
     def running(self) -> int:
         """Messages whose handler was entered and has not ended."""
+        ...
 
     @property
     def idle(self) -> bool:
         """Whether a processor has nothing to do."""
+        ...
 
     def put(self, messages: Sequence[Message[Any]]) -> None: ...
     def take_unstarted(self) -> list[Message[Any]]:

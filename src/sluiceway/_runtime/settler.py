@@ -10,7 +10,7 @@ from typing import Any
 
 from .._decisions.backoff import reconnect_delay
 from ..errors import AppError, LeaseLost, RoutingError
-from ..message import QUEUED, SETTLED, Message, Refused, Settlement
+from ..message import QUEUED, SETTLED, Message, Outcome, Refused, Settlement
 from ..source import Source
 from ..telemetry import Settled, SettleRefused, Telemetry
 from .spec import PipelineSpec
@@ -284,7 +284,8 @@ class PipelineSettler:
 
     def _tell(self, batch: Sequence[Settlement]) -> None:
         if self.telemetry.wants(Settled):
-            for outcome in {one.outcome for one in batch}:
+            outcomes: set[Outcome] = {one.outcome for one in batch}
+            for outcome in outcomes:
                 count = sum(one.outcome == outcome for one in batch)
                 self.telemetry.emit(Settled(consumer=self.spec.name, outcome=outcome, count=count))
 

@@ -325,7 +325,8 @@ def _argument(text: str, making: Making) -> Outgoing:
     """The message of an argument. Raises Fault; for one that is not JSON it shows how to write it."""
     where = f"the argument {_short(os.fsencode(text))}"
     try:
-        making.text or msgspec.json.decode(os.fsencode(text))
+        if not making.text:
+            msgspec.json.decode(os.fsencode(text))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         quoted = msgspec.json.encode(text.encode(errors="replace").decode()).decode().replace("'", "'\\''")
         hint = f"; for a string write '{quoted}', or use --text" if len(text) <= 60 else ""
