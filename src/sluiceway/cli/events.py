@@ -11,11 +11,15 @@ from .topology import ConsumerView
 
 
 class Started(Struct, frozen=True, kw_only=True, tag_field="event", tag="started"):
-    """Every source is open (with workers: in every worker). `workers` are their process ids."""
+    """Every source is open (with workers: in every worker). `workers` are their process ids.
+
+    `file` is where the broker's file is, when its URL says so only from this folder.
+    """
 
     app: str
     how: str
     broker: str
+    file: str | None = None
     pid: int
     workers: tuple[int, ...] = ()
     consumers: tuple[ConsumerView, ...] = ()

@@ -22,7 +22,7 @@ from .find import Found, find_app, is_private
 from .lifeline import Lifeline
 from .screen import JsonScreen, LogScreen, Screen, TerminalScreen, WireScreen
 from .serve import Plan, Server, run_in_loop
-from .topology import describe
+from .topology import describe, file_of
 from .words import is_terminal
 from .workers import Workers
 
@@ -189,6 +189,7 @@ def _supervise(found: Found, settings: Settings, screen: Screen, count: int) -> 
         app=found.reference,
         how=found.how,
         broker=app.broker,
+        file=file_of(app),
         pid=os.getpid(),
         consumers=tuple(describe(app, app.consumers[name]) for name in settings.only or app.consumers),
     )

@@ -43,7 +43,9 @@ class Screen(Protocol):
 
 def first_lines(started: Started) -> list[str]:
     """The first screen: what runs where."""
-    where = f"{started.app} ({started.how}) on {started.broker}, process {started.pid}"
+    found = "" if started.how == "as named" else f" ({started.how})"
+    file = "" if started.file is None else f" ({started.file})"
+    where = f"{started.app}{found} on {started.broker}{file}, process {started.pid}"
     if started.workers:
         where += f", workers {', '.join(map(str, started.workers))}"
     return [where, *(line for one in started.consumers for line in consumer_lines(one))]
@@ -66,11 +68,10 @@ def last_line(stopped: Stopped) -> str:
     text = f"{many(stopped.handled, 'message')} handled in {duration(stopped.seconds)}"
     if stopped.failed:
         text += f", {many(stopped.failed, 'attempt')} failed"
-        text += f" ({stopped.retried:,} put off, {stopped.dead_lettered:,} dead-lettered)"
-    text += (
-        f"; drained in {duration(stopped.drain_seconds)}: {stopped.drain_released:,} released, "
-        f"{stopped.cancelled:,} cancelled"
-    )
+        text += f" ({stopped.retried:,} retried, {stopped.dead_lettered:,} dead-lettered)"
+    text += f"; drained in {duration(stopped.drain_seconds)}"
+    if stopped.drain_released or stopped.cancelled:
+        text += f": {stopped.drain_released:,} went back unstarted, {stopped.cancelled:,} were cut off"
     if stopped.unsettled:
         text += f", {stopped.unsettled:,} left to the broker, which gives them out again"
     return text

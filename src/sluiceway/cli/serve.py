@@ -18,19 +18,21 @@ from typing import Any
 from msgspec import Struct
 
 from ..errors import SluicewayError
+from ..manager import ConsumerManager
 from .counts import Counts
 from .events import Event, Started, Status, Stopped
 from .exits import GAVE_UP, INTERRUPTED, NO_READER, OK, code_of, code_of_exit, forget_stdout
 from .find import Found
 from .lifeline import Lifeline
 from .screen import Screen
-from .topology import describe
+from .topology import describe, file_of
 
 log = logging.getLogger("sluiceway")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLOSING = 15.0  # seconds beyond the app's shutdown_timeout in which a drain that was cut off ends
 THREADS = "sluiceway: to_thread"
+SAME = 0.005  # seconds: a signal that comes again so soon is the same one, sent to us and to our process group
 COST_SHARE = 20  # asking what waits takes at most one part in so many of the time
 
 
@@ -57,6 +59,7 @@ class Server:
         self._no_reader = False
         self._asked: int | None = None  # the first signal
         self._hurried: int | None = None  # the second
+        self._heard = -1.0  # when the last one came
         self._began = time.monotonic()
         self._reason: str | None = None
 
@@ -112,14 +115,42 @@ class Server:
                     app=self.found.reference,
                     how=self.found.how,
                     broker=self.app.broker,
+                    file=file_of(self.app),
                     pid=os.getpid(),
                     consumers=consumers,
                 )
             )
-            if self.plan.until_empty:
-                await _first(manager.until(self._stop), manager.idle())
-            else:
+            async with self._stopping_when_empty(manager):
                 await manager.until(self._stop)
+
+    @asynccontextmanager
+    async def _stopping_when_empty(self, manager: ConsumerManager) -> AsyncIterator[None]:
+        """With --until-empty: stop when nothing waits. What made the app stop is raised by the body, in this task: a
+        SystemExit that leaves any other task ends the loop at once, without a drain.
+        """
+        if not self.plan.until_empty:
+            yield
+            return
+
+        async def watch() -> SluicewayError | None:
+            try:
+                await manager.idle()
+            except SluicewayError as error:  # what waits cannot be asked
+                return error
+            except (KeyboardInterrupt, SystemExit):
+                return None
+            finally:
+                self._stop.set()
+            return None
+
+        task = asyncio.create_task(watch(), name="idle")
+        try:
+            yield
+        finally:
+            task.cancel()
+        error = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(error[0], SluicewayError):
+            raise error[0]
 
     # -- telling -------------------------------------------------------------------------------------------------
 
@@ -208,10 +239,15 @@ class Server:
                 loop.remove_signal_handler(one)
 
     def _on_signal(self, number: int) -> None:
+        before, self._heard = self._heard, time.monotonic()
+        if self._heard - before < SAME:
+            return
         name = signal.Signals(number).name
         if self._asked is None:
             self._asked = number
-            log.info("%s: draining, up to %g s; once more cancels what runs", name, self.app.shutdown_timeout)
+            said = self._lifeline is not None and self._lifeline.echoed  # by our parent, on a terminal
+            level = logging.DEBUG if said else logging.INFO
+            log.log(level, "%s: draining, up to %g s; once more cancels what runs", name, self.app.shutdown_timeout)
             self._end()
         elif self._hurried is None:
             self._hurried = number
@@ -247,18 +283,6 @@ def run_in_loop(main: Coroutine[Any, Any, int]) -> int:
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
-
-
-async def _first(*work: Coroutine[Any, Any, None]) -> None:
-    """Return, or raise, as the first of them does; the others are cancelled."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-    for task in done:
-        task.result()
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:

@@ -86,6 +86,12 @@ def describe(app: App, definition: ConsumerDef) -> ConsumerView:
     return view
 
 
+def file_of(app: App) -> str | None:
+    """Where the broker's file is, when its URL is relative: then it depends on the folder that one is in."""
+    path = getattr(app.transport, "path", None)
+    return None if path is None or app.broker.startswith("sqlite:////") else str(path)
+
+
 def group_of(app: App, definition: ConsumerDef) -> str:
     """The group that a consumer runs in."""
     group: str = definition.value("group") or app.group
@@ -172,6 +178,11 @@ def _value(name: str, value: Any, definition: ConsumerDef, group: str) -> str:
         return ", ".join(getattr(one, "__name__", type(one).__name__) for one in value) or "none"
     if name == "batchers":
         return ", ".join(definition.batchers) or "none"
+    if name in ("batch_size", "batch_timeout"):
+        default = definition.batchings().get(DEFAULT_BATCHER)
+        if default is None:
+            return "none"
+        return str(default.size if name == "batch_size" else default.timeout)
     return str(value)
 
 

@@ -21,7 +21,7 @@ from .events import ConsumerStatus, Event, Started, Status, Stopped, WorkerChang
 from .exits import GAVE_UP, NO_READER, OK, USAGE, forget_stdout
 from .lifeline import VARIABLE
 from .screen import Screen
-from .serve import CLOSING, SIGNALS
+from .serve import CLOSING, SAME, SIGNALS
 
 log = logging.getLogger("sluiceway.workers")
 
@@ -120,6 +120,8 @@ class Workers:
         self._piped = not screen.workers_write_themselves
         self._asked: int | None = None
         self._repeated: int | None = None
+        self._heard = -1.0
+        self._said: set[str] = set()  # how workers ended
         self._stopping = asyncio.Event()
         self._told = False
         self._code = OK
@@ -168,6 +170,9 @@ class Workers:
             if delay is None or code == USAGE:
                 self._give_up(slot, code, how)
                 return
+            if how in self._said:
+                how = f"{how.partition(' (')[0]}, as before"
+            self._said.add(how)
             log.warning("worker %d %s; another starts in %.2f s", slot.number, how, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
@@ -240,7 +245,7 @@ class Workers:
         self._code = code if code > 0 else GAVE_UP
         self._reason = f"worker {slot.number} {how}; it is given up"
         if self._slots[1:]:
-            log.error("worker %d %s; it is given up and the others drain", slot.number, how)
+            log.error("worker %d is given up, and the others drain", slot.number)
         self._stopping.set()
         for one in self._slots:
             self._send(one, signal.SIGTERM)
@@ -260,6 +265,9 @@ class Workers:
                 loop.remove_signal_handler(one)
 
     def _on_signal(self, number: int) -> None:
+        before, self._heard = self._heard, time.monotonic()
+        if self._heard - before < SAME:
+            return
         name = signal.Signals(number).name
         if self._asked is None:
             self._asked = number
