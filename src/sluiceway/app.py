@@ -150,7 +150,9 @@ class App:
         for what is not allowed, OptionError.
         """
         outgoing = make_outgoing(topic, encode(payload), key=key, headers=headers, delay=delay)
-        await self._publish((outgoing,))
+        if self._connected is not asyncio.get_running_loop():
+            await self.connect()
+        await self.transport.publish((outgoing,))
         return outgoing.id
 
     async def publish_many(

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
@@ -90,6 +91,11 @@ def check_topic(topic: object, *, pattern: bool) -> str:
     """Return `topic`, or raise OptionError that says what is wrong with it."""
     if not isinstance(topic, str) or not topic:
         raise OptionError(f"topic must be a non-empty string, got {topic!r}")
+    return _check_words(topic, pattern)
+
+
+@lru_cache(maxsize=10_000)
+def _check_words(topic: str, pattern: bool) -> str:
     for word in topic.split("."):
         if word in ("*", "#"):
             if not pattern:
@@ -106,6 +112,8 @@ def make_outgoing(
 ) -> Outgoing:
     """A message to publish. Raises OptionError for a topic, key, header or delay that is not allowed."""
     check_topic(topic, pattern=False)
+    if key is None and headers is None and delay.__class__ is float and delay == 0.0:
+        return Outgoing(topic, body)
     if key is not None and not _is_text(key, "surrogateescape"):
         raise OptionError(f"publish to {topic!r}: key must be a string or None, got {key!r}")
     if not _is_seconds(delay):

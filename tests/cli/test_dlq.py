@@ -11,6 +11,8 @@ import pytest
 
 from sluiceway import App, Retry
 from sluiceway._decisions.policy import DEAD_PREFIX, FailureRules, dead_letter, reason_of
+from sluiceway.cli.dead import Letter
+from sluiceway.cli.show import table_of
 from sluiceway.message import Message, Outgoing, Stored
 from sluiceway.source import Subscription
 from tests.cli.kit import Shell
@@ -239,3 +241,39 @@ def test_a_database_that_is_not_there_is_not_made(sluiceway: Command, here: Path
     assert code == 3
     assert "shop.db is not there" in errors
     assert not (here / "shop.db").exists()
+
+
+def test_on_a_terminal_a_long_message_gives_way_and_the_id_does_not(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(letter(1, error=ValueError("long " * 100)), letter(2))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "90")
+    head, *rows = table_of([Letter(one) for one in stored(DEAD)]).splitlines()
+    for name in ("id", "age", "from", "attempts", "error", "message"):
+        assert name in head
+    for number, row in enumerate(rows, 1):
+        assert f"id-{number}" in row
+        assert "payments.created" in row
+        assert "ValueError" in row
+    assert "long long" in rows[0]
+    assert "…" in rows[0]
+    assert len(rows[0]) <= 90
+
+
+def test_a_misspelt_name_is_asked_about(sluiceway: Command) -> None:
+    publish(letter(1))
+    code, out, errors = sluiceway("dlq", "list", "paymets")
+    assert (code, out) == (0, "paymets.shop.dead: no dead letters\n")
+    assert errors == "no consumer of the app is called 'paymets' or reads that; did you mean 'payments'?\n"
+    code, out, errors = sluiceway("dlq", "list", "payment.created.shop.dead")
+    assert (code, out) == (0, "payment.created.shop.dead: no dead letters\n")
+    assert errors.endswith("did you mean 'payments.created.shop.dead'?\n")
+
+
+def test_a_file_of_another_program_is_refused_in_one_line(sluiceway: Command, here: Path) -> None:
+    (here / "letter.db").write_text("this is a letter to a friend of mine, and no database" * 100)
+    code, out, errors = sluiceway("dlq", "list", "payments", "--url", "sqlite:///letter.db")
+    assert (code, out) == (3, "")
+    assert errors.count("\n") == 1
+    assert "is not a SQLite database" in errors

@@ -65,6 +65,14 @@ def test_several_apps_of_equal_standing_are_listed(here: Path) -> None:
     assert refused(None) == "there are 2 apps here: one:app, two:app; name the app: sluiceway run module:app"
 
 
+def test_a_command_that_takes_none_of_several_apps_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        (here / f"{name}.py").write_text(ONE)
+    assert find_broker(None, None).broker == "sqlite:///sluiceway.db"
+    said = "there are 2 apps here (one:app, two:app) and none is named with --app: on sqlite:///sluiceway.db\n"
+    assert capsys.readouterr().err == said
+
+
 def test_without_any_app_it_is_said_what_was_tried(here: Path) -> None:
     (here / "notes.py").write_text("")
     text = refused(None)
@@ -104,6 +112,11 @@ def test_a_wrong_option_in_the_module_is_one_line_with_its_place(here: Path) -> 
 def test_a_missing_attribute_is_named_with_the_nearest_app(here: Path) -> None:
     (here / "hello.py").write_text(ONE + "apply = 1\n")
     assert refused("hello:appp").endswith("has no 'appp'; did you mean 'app'?")
+
+
+def test_an_app_under_another_name_is_named_and_not_the_class_that_made_it(here: Path) -> None:
+    (here / "hello.py").write_text("from sluiceway import App\nservice = App()\n")
+    assert refused("hello:app").endswith("has no 'app'; did you mean 'service'?")
 
 
 def test_an_attribute_that_is_no_app_is_said_with_the_one_that_is(here: Path) -> None:

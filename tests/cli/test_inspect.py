@@ -47,6 +47,8 @@ def test_every_option_is_shown_with_its_origin(sluiceway: Command) -> None:
     assert options["order_by"] == {"value": "key", "origin": "consumer"}
     assert options["buffer_time"] == {"value": "0.25", "origin": "default"}
     assert options["group"] == {"value": "shop", "origin": "app"}
+    assert options["batch_size"] == {"value": "50", "origin": "consumer"}  # said by @payments.batch
+    assert options["batchers"] == {"value": "default", "origin": "consumer"}
 
 
 def test_the_topology_is_shown(sluiceway: Command) -> None:

@@ -87,12 +87,12 @@ def test_the_first_screen_in_a_log_says_what_runs_where_without_control_codes(sh
     shell("publish", "payments.created", "5")
     said = shell("run", "shop:app", "--until-empty").stderr
     for part in (
-        "shop:app (as named) on sqlite:///shop.db",
+        f"shop:app on sqlite:///shop.db ({shell.folder / 'shop.db'}), process ",
         "payments: payments.created → group shop",
         "4 at once, as tasks; 2 attempts",
         "then dead letter to payments.created.shop.dead",
         "1 message handled in",
-        "0 released, 0 cancelled",
+        "; drained in 0.",
     ):
         assert part in said
     assert "\x1b" not in said
@@ -166,6 +166,20 @@ def test_a_handler_that_exits_ends_the_app_with_its_code_and_loses_nothing(shell
     assert shell("run", "quits:app").returncode == 7
     shell.write("quits.py", "from sluiceway import App\napp = App()\n@app.consumer('a')\nasync def a(message): ...\n")
     assert "1 message handled in" in shell("run", "--until-empty").stderr
+
+
+def test_a_handler_that_exits_while_the_queue_is_emptied_drains_too_and_it_is_said_how_it_went(shell: Shell) -> None:
+    shell.write(
+        "quits.py",
+        "import asyncio, sys\nfrom sluiceway import App\napp = App()\n@app.consumer('a')\nasync def a(message):\n"
+        "    if message.payload == 1:\n        sys.exit('enough')\n    await asyncio.sleep(0.2)\n",
+    )
+    shell("publish", "a", "1", "2", "3")
+    done = shell("run", "quits:app", "--until-empty", "--json")
+    assert done.returncode == 1
+    stopped = json.loads(done.stdout.splitlines()[-1])
+    assert stopped["event"] == "stopped"
+    assert (stopped["reason"], stopped["handled"], stopped["cancelled"]) == ("a handler exits the app: enough", 2, 0)
 
 
 def test_the_command_line_tunes_the_collector_unless_told_not_to(shell: Shell) -> None:

@@ -145,9 +145,10 @@ class Intake:
         self.settler.held.update(messages)
         largest = max([len(message.body) for message in messages])  # a list: 26 ns less per message than a map
         self.window.saw_body(largest)
-        self.window.observe(self._loop.time(), self.settler.finished, starved=not self.processors.unstarted)
+        now = self._loop.time()
+        self.window.observe(now, self.settler.finished, starved=not self.processors.unstarted)
         for gate in self.spec.gates:
-            gate.took(self._loop.time(), len(messages))
+            gate.took(now, len(messages))
         if self.telemetry.wants(Received):
             self.telemetry.emit(Received(consumer=self.spec.name, demand=demand, count=len(messages)))
         if self.spec.max_payload is not None and largest > self.spec.max_payload:

@@ -99,6 +99,7 @@ class AsyncProcessors:
         self._abandoned: set[Slot] = set()  # until their handlers end, if ever
         self._failing: set[asyncio.Task[None]] = set()
         self._ready: deque[Message[Any]] = deque()
+        settler.following = self._ready
         self._sleepers: list[asyncio.Future[None]] = []
         self._slots: set[Slot] = set()
         self._loop = asyncio.get_running_loop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 from .._decisions.backoff import reconnect_delay
@@ -32,6 +32,7 @@ class PipelineSettler:
         self.held: set[Message[Any]] = set()
         self.acks: list[Message[Any]] = []
         self.scheduled = False
+        self.following: Sized = ()  # messages that wait to be handled next
         self.finished = 0  # deliveries that ended, in all
         self.stuck: list[Settlement] = []  # what the broker rejected; while there is one, demand stops
         self.on_stuck: Callable[[], None] = _nothing  # that has begun or ended
@@ -86,9 +87,12 @@ class PipelineSettler:
         return failed
 
     def schedule(self) -> None:
-        """Send what has gathered at the end of this turn of the loop."""
-        self.scheduled = True
-        self._loop.call_soon(self._wake)
+        """Send what has gathered: a turn of the loop later when more is about to follow, else at once."""
+        if self.following:
+            self.scheduled = True
+            self._loop.call_soon(self._wake)
+        else:
+            self._wake()
 
     def settle(self, settlement: Settlement) -> None:
         """End a delivery in another way than a plain ack. Ignored when the message is settled already."""

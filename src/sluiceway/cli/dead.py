@@ -16,6 +16,7 @@ from ..message import Outgoing, Stored
 from ..options import unknown
 from .exits import Fault
 from .topology import dead_letter_topics, group_of
+from .words import hint
 
 MOST_MESSAGES = 200  # of one publish and remove
 MOST_BYTES = 4 * 1024 * 1024
@@ -78,6 +79,9 @@ def topics_of(app: App, name: str | None, group: str | None, *, exact: bool) -> 
     if name is None:
         return _of_all(app)
     if exact or is_dead_letter_topic(name):
+        known = {topic for one in app.consumers.values() for topic in dead_letter_topics(app, one)}
+        if name not in known:
+            hint(f"no consumer of the app has the dead-letter topic {name!r}", name, known)
         return (check_topic(name, pattern=False),)
     if name in app.consumers:
         return _of_consumer(app, name, group)
@@ -93,6 +97,9 @@ def topics_of(app: App, name: str | None, group: str | None, *, exact: bool) -> 
     if any(name in dead_letter_topics(app, one) for one in app.consumers.values()):
         return (name,)
     check_topic(name, pattern=False)
+    known = {*app.consumers, *(topic for one in app.consumers.values() for topic in one.topics)}
+    if name not in known:
+        hint(f"no consumer of the app is called {name!r} or reads that", name, known)
     return (dead_letter_topic(name, group or app.group),)
 
 

@@ -88,7 +88,7 @@ def list_(
         for name in topics:
             await _list(app, name, limit, as_json)
 
-    _run(app, work())
+    _run(app, work)
 
 
 async def _list(app: App, topic: str, limit: int, as_json: bool) -> None:
@@ -141,7 +141,7 @@ def show(
         if not found:
             raise Fault(f"no dead letter in {', '.join(topics)} has the id {' or '.join(ids)}")
 
-    _run(app, work())
+    _run(app, work)
 
 
 REPLAY_EPILOG = f"""\b
@@ -200,7 +200,7 @@ def replay_(
         if chosen.homeless and not dry_run:
             raise click.exceptions.Exit(GAVE_UP)
 
-    _run(app, work())
+    _run(app, work)
 
 
 async def _replay(app: App, chosen: Chosen, to: str | None, as_json: bool) -> None:
@@ -268,7 +268,7 @@ def purge(
         else:
             click.echo("nothing was deleted", err=True)
 
-    _run(app, work())
+    _run(app, work)
 
 
 # -- what they share -------------------------------------------------------------------------------------------------
@@ -294,10 +294,10 @@ async def _chosen(app: App, topics: Sequence[str], ids: Sequence[str], limit: in
     return chosen
 
 
-def _run(app: App, work: Coroutine[Any, Any, None]) -> None:
+def _run(app: App, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async def connected() -> None:
         async with app:
-            await work
+            await work()
 
     asyncio.run(connected())
 

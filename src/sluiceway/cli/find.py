@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
 import os
@@ -10,7 +11,7 @@ import sys
 import tomllib
 import traceback
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import click
@@ -48,16 +49,24 @@ def find_broker(given: str | None, url: str | None, *, consumers: bool = False) 
     """The app whose broker a command talks to; an app without consumers when there is only a URL, or nothing at all.
 
     In this order: `url`, SLUICEWAY_URL, the app that is named or found, `sqlite:///sluiceway.db`. With `consumers` the
-    app is wanted for what it declares too, also when there is a URL.
+    app is wanted for what it declares too, also when there is a URL. That none of several apps was taken is said on
+    standard error.
     """
     url = url or os.environ.get(URL_ENVIRONMENT) or None
     if url and not given and not consumers:
         return App(url)
     named = _named(given)
     if named is None:
-        chosen = _choose(_makers(Path.cwd())[0])
+        found = _makers(Path.cwd())[0]
+        chosen = _choose(found)
         if chosen is None:
-            return App(url) if url else App()
+            app = App(url) if url else App()
+            if found:
+                text = (
+                    f"there are {len(found)} apps here ({_listed(found)}) and none is named with --app: on {app.broker}"
+                )
+                click.echo(text, err=True)
+            return app
         named = (f"{chosen}:app", f"by convention, {chosen}.py")
     return _load_app(*named, url).app
 
@@ -112,10 +121,13 @@ def _by_convention() -> tuple[str, str]:
         return f"{chosen}:app", f"by convention, {chosen}.py"
     tried = f"Tried: {ENVIRONMENT} (not set), [tool.sluiceway] app in pyproject.toml (none here or above), "
     if found:
-        listed = ", ".join(f"{name}:app" for name in found)
-        raise Fault(f"there are {len(found)} apps here: {listed}; {HOW}")
+        raise Fault(f"there are {len(found)} apps here: {_listed(found)}; {HOW}")
     modules = ", ".join(f"{name}.py" for name in looked[:8]) + (", …" if len(looked) > 8 else "")
     raise Fault(f"no app was found; {HOW}. {tried}`app = App(...)` in {modules or 'a module here (there is none)'}")
+
+
+def _listed(found: list[str]) -> str:
+    return ", ".join(f"{name}:app" for name in found[:8]) + (", …" if len(found) > 8 else "")
 
 
 def _choose(found: list[str]) -> str | None:
@@ -205,11 +217,16 @@ def _load(name: str, origin: str) -> ModuleType:
 
 def _inside(name: str, error: Exception) -> Fault:
     """An error in the user's own module: its traceback goes to standard error, from the user's first line on."""
+    click.echo("".join(traceback.format_exception(type(error), error, users_part(error))), err=True, nl=False)
+    return Fault(f"module {name!r} cannot be imported; its own error is above")
+
+
+def users_part(error: BaseException) -> TracebackType | None:
+    """An error's traceback from the first line on that is not ours."""
     step = error.__traceback__
     while step is not None and _is_machinery(step.tb_frame.f_code.co_filename):
         step = step.tb_next
-    click.echo("".join(traceback.format_exception(type(error), error, step)), err=True, nl=False)
-    return Fault(f"module {name!r} cannot be imported; its own error is above")
+    return step
 
 
 def _last_place(error: BaseException) -> str:
@@ -219,7 +236,13 @@ def _last_place(error: BaseException) -> str:
 
 
 def _is_machinery(file: str) -> bool:
-    return file.startswith("<frozen") or "importlib" in Path(file).parts or Path(file).is_relative_to(_PACKAGE)
+    path = Path(file)
+    return (
+        file.startswith("<frozen")
+        or file == contextlib.__file__
+        or "importlib" in path.parts
+        or path.is_relative_to(_PACKAGE)
+    )
 
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -255,7 +278,8 @@ def _no_attribute(module: ModuleType, holder: Any, step: str, path: str) -> Faul
         [name for name, other in vars(holder).items() if isinstance(other, App)] if hasattr(holder, "__dict__") else []
     )
     names = [name for name in dir(holder) if not name.startswith("_")]
-    near = difflib.get_close_matches(step, apps, n=1) or difflib.get_close_matches(step, names, n=1) or apps[:1]
+    near = difflib.get_close_matches(step, apps, n=1) or apps[:1] or difflib.get_close_matches(step, names, n=1)
+    near = [name for name in near if not isinstance(getattr(holder, name, None), type)]  # the class App is no app
     hint = f"; did you mean {near[0]!r}?" if near else ", and no App at all"
     where = getattr(module, "__file__", None)
     return Fault(f"module {module.__name__!r} ({where or 'built in'}) has no {path!r}{hint}")

@@ -17,13 +17,14 @@ import click
 import msgspec
 from msgspec import Struct
 
+from .._decisions.topics import matches
 from ..app import App
 from ..errors import PublishError
 from ..message import Outgoing, make_outgoing
 from .exits import GAVE_UP, Fault
 from .find import find_broker, is_private
 from .progress import Bar
-from .words import many
+from .words import hint, many
 
 EPILOG = """\b
 Examples:
@@ -104,7 +105,10 @@ def publish(
         raise click.UsageError("--key-field needs JSON objects, and --text makes strings")
     app = find_broker(reference, url)
     if is_private(app):
-        raise Fault(f"{app.broker} lives inside one process: what is published here would reach nobody; give a --url")
+        raise Fault(
+            f"{app.broker} lives inside one process: what is published here would reach nobody; "
+            f"name another broker with --url"
+        )
     making = Making(
         topic=topic,
         text=text,
@@ -115,6 +119,12 @@ def publish(
         limit=app.transport.features.max_payload,
     )
     make_outgoing(topic, b"", headers=making.headers, delay=delay)  # refuses what is wrong before anything is read
+    if not any(matches(pattern, topic) for one in app.consumers.values() for pattern in one.topics):
+        hint(
+            f"no consumer of the app reads {topic!r}",
+            topic,
+            [name for one in app.consumers.values() for name in one.topics],
+        )
     publisher = Publisher(app, making, as_json)
     if payloads == ("-",):
         payloads, file = (), file or "-"
@@ -140,14 +150,15 @@ class Publisher:
         """Publish all. Raises Fault and what the broker raises, after saying what was published before."""
         try:
             asyncio.run(self._publish(batches, size))
-        except BaseException as error:
-            known = isinstance(error, (Fault, PublishError))
-            if self.count or known:
-                self._say("published before that, and nothing after" if known else "published, perhaps a batch more")
-            if isinstance(error, PublishError):
-                raise Fault(str(error), GAVE_UP) from None
+        except (Fault, PublishError) as error:
+            before = self._said("published before that, and nothing after")
+            code = error.code if isinstance(error, Fault) else GAVE_UP
+            raise Fault(f"{error}\n{before}", code) from None
+        except BaseException:
+            if self.count:
+                click.echo(self._said("published, perhaps a batch more"), err=True)
             raise
-        self._say("published")
+        click.echo(self._said("published"), err=self._as_json)
 
     async def _publish(self, batches: AsyncIterator[Batched], size: int | None) -> None:
         async with self._app:
@@ -176,9 +187,8 @@ class Publisher:
             lines = [msgspec.json.encode({"id": one.id, "topic": one.topic, "key": one.key}) for one in messages]
             click.echo(b"".join(line + b"\n" for line in lines), nl=False)
 
-    def _say(self, what: str) -> None:
-        text = f"{many(self.count, 'message')} {what}: {self._making.topic} on {self._app.broker}"
-        click.echo(text, err=self._as_json or what != "published")
+    def _said(self, what: str) -> str:
+        return f"{many(self.count, 'message')} {what}: {self._making.topic} on {self._app.broker}"
 
 
 # -- where payloads come from ----------------------------------------------------------------------------------------
@@ -310,7 +320,7 @@ def _key(value: Any, field: str, where: str) -> str | None:
     if not isinstance(value, dict):
         raise Fault(f"{where} is no JSON object, so it has no field {field!r}")
     if field not in value:
-        raise Fault(f"{where} has no field {field!r}; its fields: {', '.join(value)}")
+        raise Fault(f"{where} has no field {field!r}; its fields: {', '.join(value) or 'none'}")
     key = value[field]
     if key is None or isinstance(key, str):
         return key

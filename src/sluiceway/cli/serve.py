@@ -22,7 +22,7 @@ from ..manager import ConsumerManager
 from .counts import Counts
 from .events import Event, Started, Status, Stopped
 from .exits import GAVE_UP, INTERRUPTED, NO_READER, OK, code_of, code_of_exit, forget_stdout
-from .find import Found
+from .find import Found, users_part
 from .lifeline import Lifeline
 from .screen import Screen
 from .topology import describe, file_of
@@ -101,7 +101,8 @@ class Server:
             self._reason = str(error)
             return code_of(error)
         except Exception as error:
-            log.exception("the app failed outside of its handlers, in its lifespan perhaps")
+            where = (type(error), error, users_part(error))
+            log.error("the app failed outside of its handlers, in its lifespan perhaps", exc_info=where)
             self._reason = f"{type(error).__name__}: {error}"
             return GAVE_UP
         return OK

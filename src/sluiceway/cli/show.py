@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +17,10 @@ from .._decisions.policy import without_dead_headers
 from .dead import Letter
 from .words import clean, duration, heading, many
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
+COLUMNS = ("id", "age", "from", "attempts", "error", "message")
 WIDE = 10_000  # columns where nobody looks: lines are never broken
 MOST_HEX = 1024  # bytes of a binary body that are shown
 
@@ -89,17 +93,13 @@ def _plain(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def table_of(letters: Sequence[Letter]) -> str:
-    """Dead letters, a line each; on a terminal cut to its width."""
+    """Dead letters, a line each; on a terminal cut to its width: what is long gives way, never the id."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    on_terminal = sys.stdout.isatty()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("id", "age", "from", "attempts", "error", "message"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis" if name in ("message", "from") else "fold")
-    for letter in letters:
-        row = (
+    rows = [
+        (
             letter.stored.id,
             duration(letter.age()),
             letter.why("topic") or "?",
@@ -107,12 +107,32 @@ def table_of(letters: Sequence[Letter]) -> str:
             letter.why("type").rpartition(".")[2] or "?",
             _first_line(letter.why("error")),
         )
-        table.add_row(*(Text(clean(_utf8(one))) for one in row))
+        for letter in letters
+    ]
+    cells = [[Text(clean(_utf8(one))) for one in row] for row in rows]
+    on_terminal = sys.stdout.isatty()
+    if on_terminal:
+        _cut(cells, shutil.get_terminal_size().columns)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in COLUMNS:
+        table.add_column(name, no_wrap=True)
+    for row in cells:
+        table.add_row(*row)
     out = io.StringIO()
-    width = shutil.get_terminal_size().columns if on_terminal else WIDE
-    console = Console(file=out, width=width, force_terminal=on_terminal, highlight=False)
-    console.print(table)
+    Console(file=out, width=WIDE, force_terminal=on_terminal, highlight=False).print(table)
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+
+
+def _cut(cells: Sequence[Sequence[Text]], width: int) -> None:
+    """Shorten the longest texts of a table until its rows fit `width`, as far as may be."""
+    widths = [max(len(name), *(row[number].cell_len for row in cells)) for number, name in enumerate(COLUMNS)]
+    over = sum(widths) + 2 * (len(widths) - 1) - width
+    for name, least in (("message", 24), ("from", 16), ("error", 16)):
+        number = COLUMNS.index(name)
+        less = max(0, min(over, widths[number] - least))
+        over -= less
+        for row in cells:
+            row[number].truncate(widths[number] - less, overflow="ellipsis")
 
 
 def letter_text(letter: Letter, topic: str) -> str:

@@ -9,6 +9,7 @@ from msgspec import Struct
 from .._decisions.topics import dead_letter_topic, is_pattern
 from ..app import App
 from ..consumer import ClassConsumer, ConsumerDef, FunctionConsumer
+from ..message import DEFAULT_BATCHER
 from ..options import Resolved
 from ..pipeline import check_features, window_bounds
 from ..signatures import is_async
@@ -78,7 +79,7 @@ def describe(app: App, definition: ConsumerDef) -> ConsumerView:
         window=window_bounds(definition, sizes),
         options={
             name: OptionView(value=_value(name, one.value, definition, group), origin=_origin(name, one))
-            for name, one in definition.options.items()
+            for name, one in _effective(definition).items()
         },
         guarantees={},
     )
@@ -106,6 +107,19 @@ def dead_letter_topics(app: App, definition: ConsumerDef) -> tuple[str, ...]:
     group = group_of(app, definition)
     names = ("{topic}" if is_pattern(topic) else topic for topic in definition.topics)
     return tuple(dict.fromkeys(dead_letter_topic(name, group) for name in names))
+
+
+def _effective(definition: ConsumerDef) -> dict[str, Resolved]:
+    """The options, with what `@consumer.batch(...)` says of batches."""
+    options = dict(definition.options)
+    sizes = definition.batchings()
+    if sizes and options["batchers"].origin == "default":
+        options["batchers"] = Resolved(tuple(sizes), "consumer")
+    own = sizes.get(DEFAULT_BATCHER)
+    for name, value in (("batch_size", own and own.size), ("batch_timeout", own and own.timeout)):
+        if options[name].origin == "default" and value != options[name].value:
+            options[name] = Resolved(value, "default" if value is None else "consumer")
+    return options
 
 
 def _runs_in_loop(definition: ConsumerDef) -> bool:
@@ -178,11 +192,6 @@ def _value(name: str, value: Any, definition: ConsumerDef, group: str) -> str:
         return ", ".join(getattr(one, "__name__", type(one).__name__) for one in value) or "none"
     if name == "batchers":
         return ", ".join(definition.batchers) or "none"
-    if name in ("batch_size", "batch_timeout"):
-        default = definition.batchings().get(DEFAULT_BATCHER)
-        if default is None:
-            return "none"
-        return str(default.size if name == "batch_size" else default.timeout)
     return str(value)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import signal
 import sys
+from collections.abc import Iterable
 from typing import TextIO
 
 import click
@@ -45,10 +48,21 @@ def heading(text: str) -> str:
     return click.style(text, bold=True)
 
 
+def hint(what: str, name: str, known: Iterable[str]) -> None:
+    """Say on standard error that `name` looks like a misspelt one of `known`; nothing when it does not."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
+    if near:
+        click.echo(f"{what}; did you mean {near[0]!r}?", err=True)
+
+
 def ask(question: str, *, yes: bool) -> bool:
     """Whether the user agrees. Raises UsageError when there is nobody to ask."""
     if yes:
         return True
     if not sys.stdin.isatty():
         raise click.UsageError("there is no terminal to ask on; say --yes to go ahead without being asked")
-    return click.confirm(question, err=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would wait until it is answered
+    try:
+        return click.confirm(question, err=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
