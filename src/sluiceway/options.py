@@ -209,7 +209,13 @@ OPTIONS: dict[str, Option] = {
         _one_of("key", None),
         str,
     ),
-    "start": Option("earliest", "Where a group begins that the broker has never seen.", _start, _parse_start),
+    "start": Option(
+        "earliest",
+        "Where a group begins that the broker has never seen: `earliest`, with what is still there; `latest`, with "
+        "what comes from then on; or a time.",
+        _start,
+        _parse_start,
+    ),
     "max_demand": Option(
         None,
         "The window: the most messages held unsettled; None: it follows the measured rate, up to 1,000.",

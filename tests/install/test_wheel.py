@@ -116,7 +116,7 @@ def quick_start() -> tuple[str, str, str]:
     publish, serve = re.findall(r"^\$ (sluiceway .*)$", after, re.MULTILINE)[:2]
     assert publish.startswith("sluiceway publish ")
     assert serve.startswith("sluiceway run hello:app")
-    return program[1], publish, serve
+    return program[1], publish, re.sub(r"\s+#.*", "", serve)
 
 
 class Environment:

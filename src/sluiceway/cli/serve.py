@@ -32,7 +32,6 @@ log = logging.getLogger("sluiceway")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLOSING = 15.0  # seconds beyond the app's shutdown_timeout in which a drain that was cut off ends
 THREADS = "sluiceway: to_thread"
-SAME = 0.005  # seconds: a signal that comes again so soon is the same one, sent to us and to our process group
 COST_SHARE = 20  # asking what waits takes at most one part in so many of the time
 
 
@@ -59,7 +58,7 @@ class Server:
         self._no_reader = False
         self._asked: int | None = None  # the first signal
         self._hurried: int | None = None  # the second
-        self._heard = -1.0  # when the last one came
+        self._signals_now: set[int] = set()  # in this turn of the loop
         self._began = time.monotonic()
         self._reason: str | None = None
 
@@ -240,8 +239,7 @@ class Server:
                 loop.remove_signal_handler(one)
 
     def _on_signal(self, number: int) -> None:
-        before, self._heard = self._heard, time.monotonic()
-        if self._heard - before < SAME:
+        if is_echo(number, self._signals_now):
             return
         name = signal.Signals(number).name
         if self._asked is None:
@@ -272,6 +270,17 @@ class Server:
         log.warning("the parent process is gone: draining")
         self._asked = self._asked or signal.SIGTERM
         self._end()
+
+
+def is_echo(number: int, heard: set[int]) -> bool:
+    """Whether a signal came before in this turn of the loop: `timeout` sends it to us and to our process group at once,
+    and that is no second one. `heard` is the caller's, and only for this.
+    """
+    if number in heard:
+        return True
+    heard.add(number)
+    asyncio.get_running_loop().call_soon(heard.clear)
+    return False
 
 
 def run_in_loop(main: Coroutine[Any, Any, int]) -> int:

@@ -21,7 +21,7 @@ from .events import ConsumerStatus, Event, Started, Status, Stopped, WorkerChang
 from .exits import GAVE_UP, NO_READER, OK, USAGE, forget_stdout
 from .lifeline import VARIABLE
 from .screen import Screen
-from .serve import CLOSING, SAME, SIGNALS
+from .serve import CLOSING, SIGNALS, is_echo
 
 log = logging.getLogger("sluiceway.workers")
 
@@ -120,7 +120,7 @@ class Workers:
         self._piped = not screen.workers_write_themselves
         self._asked: int | None = None
         self._repeated: int | None = None
-        self._heard = -1.0
+        self._signals_now: set[int] = set()  # in this turn of the loop
         self._said: set[str] = set()  # how workers ended
         self._stopping = asyncio.Event()
         self._told = False
@@ -265,8 +265,7 @@ class Workers:
                 loop.remove_signal_handler(one)
 
     def _on_signal(self, number: int) -> None:
-        before, self._heard = self._heard, time.monotonic()
-        if self._heard - before < SAME:
+        if is_echo(number, self._signals_now):
             return
         name = signal.Signals(number).name
         if self._asked is None:
