@@ -20,6 +20,7 @@ from .manager import ConsumerManager
 from .message import Outgoing, make_outgoing
 from .options import ConsumerOptions, check_group
 from .pipeline import SHUTDOWN_TIMEOUT
+from .signatures import NO_CONTEXT
 from .telemetry import Telemetry
 from .transport import Transport
 
@@ -262,7 +263,7 @@ class App:
     @asynccontextmanager
     async def _lifespan(self) -> AsyncIterator[Any]:
         if self.lifespan is None:
-            yield None
+            yield NO_CONTEXT
         else:
             async with self.lifespan() as context:
                 yield context
@@ -271,7 +272,13 @@ class App:
     def _signals(self, asked: asyncio.Event) -> Any:
         loop = asyncio.get_running_loop()
 
+        heard: set[str] = set()
+
         def on_signal(name: str) -> None:
+            if name in heard:  # once more in this turn of the loop: `timeout` signals us and our process group at once
+                return
+            heard.add(name)
+            loop.call_soon(heard.clear)
             if asked.is_set():
                 log.warning("%s again: running handlers are cancelled", name)
                 self.manager.hurry()

@@ -40,13 +40,20 @@ def make_decoder(payload_type: Any) -> Decode | None:
         try:
             return decode(body)
         except wrong as error:
-            raise DecodeError(f"the body is not {name}: {error}") from error
+            raise DecodeError(f"the body is not {name}: {_in_one_line(error)}") from error
         except UnicodeDecodeError as error:
             raise DecodeError(f"the body is not {name}: it is not UTF-8 ({error})") from error
         except RecursionError as error:
             raise DecodeError(f"the body is not {name}: it is nested too deeply") from error
 
     return checked
+
+
+def _in_one_line(error: Exception) -> str:
+    """What msgspec says; of pydantic's several lines, where and what of each mistake."""
+    mistakes = error.errors(include_url=False) if hasattr(error, "errors") else ()
+    told = (f"{one['msg']} - at `{'.'.join(map(str, one['loc'])) or '$'}`" for one in mistakes)
+    return "; ".join(told) or str(error)
 
 
 def encode(payload: Any) -> bytes:

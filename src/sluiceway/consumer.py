@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar, Unpack, cast, overload
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ._decisions.topics import check_topic, is_dead_letter_topic, is_pattern
+from ._decisions.topics import check_topic, dead_letter_topic, is_dead_letter_topic, is_pattern, matches
 from ._runtime.spec import ErrorChoice
 from .errors import AppError, OptionError
 from .message import DEFAULT_BATCHER, Batch, Message
@@ -80,11 +80,19 @@ class ConsumerDef:
             _checked_topic(self.name, topic)
         if not topics:
             raise OptionError(f"{self.name}: name at least one topic")
+        self._check_circle(topics, given.get("dead_letter_topic"))
         self.topics = topics
         self.given = dict(given)
         self.overrides: dict[str, str] = {}
         self.batchers: dict[str, BatcherDef] = {}
         self.options: dict[str, Resolved] = resolve(self.name, given)
+
+    def _check_circle(self, topics: tuple[str, ...], dead: object) -> None:
+        if isinstance(dead, str) and any(matches(topic, dead) for topic in topics):
+            raise OptionError(
+                f"{self.name}: dead_letter_topic {dead!r} is one that this consumer reads: what fails would come back "
+                f"for ever; choose another, such as {dead_letter_topic(topics[0], 'GROUP')!r}"
+            )
 
     def override(self, name: str, text: str) -> None:
         """Change an option from the command line. Raises OptionError."""

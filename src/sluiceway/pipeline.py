@@ -10,14 +10,14 @@ from ._decisions.policy import FailureRules
 from ._runtime.spec import BatcherSpec, PipelineSpec
 from ._runtime.supervisor import PipelineStats, Supervisor
 from ._runtime.thread_calls import ThreadCalls
-from .codec import encode, make_decoder, make_encoder
+from .codec import Decode, encode, make_decoder, make_encoder
 from .consumer import Bound, ConsumerDef, FunctionConsumer
 from .errors import OptionError, Unsupported
 from .gate import Gate
 from .message import Batch, Message
 from .middleware import compose
 from .options import Batching, ConsumerOptions
-from .signatures import is_async
+from .signatures import NO_CONTEXT, is_async
 from .source import OnRevoke, Source, Subscription
 from .telemetry import Telemetry
 from .transport import Features
@@ -51,6 +51,11 @@ def make_spec(
     """Everything the runtime needs to know of a consumer. Raises OptionError or Unsupported, before any message."""
     value = definition.value
     batchings = {name: batching for name, (_, batching) in bound.batchers.items()}
+    idle = next((one for one in ("batch_size", "batch_timeout") if one in definition.given and not batchings), None)
+    if idle is not None:
+        raise OptionError(
+            f"{definition.name}: {idle} has no effect without a batch handler: declare one or leave it out"
+        )
     floor, ceiling = window_bounds(definition, batchings)
     if features is not None:
         check_features(definition, features)
@@ -70,7 +75,7 @@ def make_spec(
         group=group,
         mode="async" if bound.is_async or middleware else "thread",
         handle=handle,
-        decode=make_decoder(bound.payload_type),
+        decode=_decoder(definition.name, bound.payload_type),
         encode=encode if features is None else make_encoder(features.max_payload),
         rules=FailureRules(
             consumer=definition.name,
@@ -103,6 +108,13 @@ def make_spec(
         on_failed=bound.on_failed,
         threads=tuple(threads),  # evaluated last: the batchers above have added theirs
     )
+
+
+def _decoder(name: str, payload_type: Any) -> Decode | None:
+    try:
+        return make_decoder(payload_type)
+    except OptionError as error:
+        raise OptionError(f"{name}: {error}") from error
 
 
 def make_subscription(definition: ConsumerDef, spec: PipelineSpec, on_revoke: OnRevoke) -> Subscription:
@@ -147,7 +159,7 @@ class Pipeline:
         if batch is not None:
             definition.batch()(batch)
         self.telemetry = telemetry or Telemetry()
-        self._spec = make_spec(definition, definition.bind(None), group=definition.value("group") or "default")
+        self._spec = make_spec(definition, definition.bind(NO_CONTEXT), group=definition.value("group") or "default")
         self._open = open_source
         self._rule = RestartRule(max_restarts, max_seconds)
         self._shutdown_timeout = shutdown_timeout

@@ -53,11 +53,29 @@ def check_call(where: str, function: Callable[..., Any], rule: str, *counts: int
     raise OptionError(f"{where}: {rule}; got {name_of(function)}{signature}")
 
 
+class NoContext:
+    """Stands for the context of an app that has no lifespan."""
+
+
+NO_CONTEXT = NoContext()
+
+
 def takes(function: Callable[..., Any], index: int, context: Any) -> bool:
-    """Whether the context is handed over as argument `index`. One with a default keeps it when there is no context."""
+    """Whether the context is handed over as argument `index`. One with a default keeps it when there is no context.
+
+    Raises OptionError when one without a default would get none.
+    """
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     taken = [one for one in inspect.signature(function).parameters.values() if one.kind in kinds]
-    return len(taken) > index and (taken[index].default is inspect.Parameter.empty or context is not None)
+    if len(taken) <= index:
+        return False
+    required = taken[index].default is inspect.Parameter.empty
+    if required and context is NO_CONTEXT:
+        raise OptionError(
+            f"{name_of(function)} takes {taken[index].name!r}, which is what the app's lifespan yields, "
+            "and there is no lifespan; give one: App(lifespan=...)"
+        )
+    return required or context not in (None, NO_CONTEXT)
 
 
 def with_context(function: Callable[..., Any], context: Any) -> Callable[[Any], Any]:

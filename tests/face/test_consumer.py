@@ -667,3 +667,33 @@ def test_a_definition_is_its_own() -> None:
     one = declared()
     assert definition(one) is one
     assert isinstance(one, ConsumerDef)
+
+
+@pytest.mark.parametrize(("topics", "dead"), [(("a",), "a"), (("x", "a.*"), "a.bad"), (("#",), "failed")])
+def test_dead_letters_that_the_consumer_would_read_itself_are_refused(topics: tuple[str, ...], dead: str) -> None:
+    with pytest.raises(OptionError, match=f"dead_letter_topic '{dead}' is one that this consumer reads"):
+
+        @consumer(*topics, dead_letter_topic=dead)
+        async def handle(message: Message[str]) -> None: ...
+
+
+async def test_a_handler_that_takes_a_context_is_refused_at_start_when_there_is_no_lifespan() -> None:
+    app = App("memory://")
+
+    @app.consumer("t")
+    async def handle(message: Message[str], ledger: object) -> None: ...
+
+    with pytest.raises(OptionError, match="handle takes 'ledger', which is what the app's lifespan yields"):
+        async with app.running():
+            pass
+
+
+async def test_a_batch_size_without_a_batch_handler_is_refused_at_start() -> None:
+    app = App("memory://")
+
+    @app.consumer("t", batch_size=10)
+    async def handle(message: Message[str]) -> None: ...
+
+    with pytest.raises(OptionError, match="handle: batch_size has no effect without a batch handler"):
+        async with app.running():
+            pass

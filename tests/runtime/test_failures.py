@@ -158,8 +158,10 @@ async def test_a_cancelled_inner_task_fails_the_message_and_not_the_processor() 
     assert broker.acked == ["m2", "m3"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), SystemExit(3)])
-async def test_an_exit_releases_what_is_held_and_is_raised_again(error: BaseException) -> None:
+@pytest.mark.parametrize(("error", "outcome"), [(KeyboardInterrupt("stop"), "release"), (SystemExit(3), "retry")])
+async def test_an_exit_stops_the_app_and_is_raised_again_and_one_by_the_handler_counts_as_its_failure(
+    error: BaseException, outcome: str
+) -> None:
     broker = Broker(*bodies(50))
     finished = []
 
@@ -174,9 +176,21 @@ async def test_an_exit_releases_what_is_held_and_is_raised_again(error: BaseExce
         await pipeline.run()
     assert raised.value is error
     broker.check()
-    assert broker.outcomes("m7") == ["release"]
+    assert broker.outcomes("m7") == [outcome]
     assert sorted(finished) == sorted(broker.acked)
-    assert len(broker.waiting) + len(broker.acked) == 50
+    assert len(broker.waiting) + len(broker.delayed) + len(broker.acked) == 50
+
+
+async def test_a_handler_that_always_exits_ends_as_a_dead_letter_and_stops_no_app_any_more() -> None:
+    broker = Broker("poison")
+
+    def handle(message: Message[bytes]) -> None:
+        raise SystemExit(3)
+
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            await Pipeline(broker.open, handle, retry=Retry(attempts=2, base_delay=0)).run()
+    assert [one.id for one in broker.dead] == ["m1"]
 
 
 async def test_any_other_base_exception_fails_its_message() -> None:

@@ -168,8 +168,8 @@ async def test_a_stop_after_any_number_of_turns_settles_everything_once() -> Non
                 await asyncio.sleep(0)
 
             pipeline = Pipeline(
-                broker.open, handle, batch=book if batched else None, batch_size=4, concurrency=3,
-                retry=Retry(attempts=1),
+                broker.open, handle, batch=book if batched else None, concurrency=3, retry=Retry(attempts=1),
+                **({"batch_size": 4} if batched else {}),
             )  # fmt: skip
             async with running(pipeline, broker):
                 for _ in range(turns):

@@ -94,7 +94,7 @@ async def test_an_exit_on_a_thread_stops_the_pipeline(error: BaseException) -> N
         await Pipeline(broker.open, handle, concurrency=3).run()
     broker.check()
     assert "m5" not in broker.acked
-    assert len(broker.acked) + len(broker.waiting) == 20
+    assert len(broker.acked) + len(broker.waiting) + len(broker.delayed) == 20
 
 
 async def test_an_awaitable_from_def_is_a_type_error_that_names_the_line() -> None:

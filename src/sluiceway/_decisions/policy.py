@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -14,6 +17,7 @@ from ..retry import Retry
 from .backoff import retry_delay
 from .topics import dead_letter_topic
 
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 MAX_REASON = 8 * 1024  # bytes: AMQP headers fit one frame, Kafka and NATS have message limits
 DEAD_PREFIX = "sluiceway-dead-"  # the headers that a dead letter has beyond its message's own
 
@@ -87,8 +91,16 @@ def reason_of(error: BaseException) -> Reason:
     return Reason(_cut(name, 256), _cut(_safely(str, error), MAX_REASON // 4), trace)
 
 
+def users_traceback(error: BaseException) -> TracebackType | None:
+    """The traceback without our own frames in front of the user's line; None when it has no other."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        trace = trace.tb_next
+    return trace
+
+
 def _traceback(error: BaseException) -> str:
-    return "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-20))
+    return "".join(traceback.format_exception(type(error), error, users_traceback(error), limit=-20))
 
 
 def _safely(say: Callable[[BaseException], str], error: BaseException) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from .._decisions.policy import give_up, reason_of, settle_failure
+from .._decisions.policy import give_up, reason_of, settle_failure, users_traceback
 from ..errors import DecodeError, Directive, OptionError, Release
 from ..message import SETTLED, Message, Settlement
 from ..telemetry import MessageFailed, Telemetry
@@ -55,7 +55,9 @@ class Failures:
     async def _decide(self, message: Message[Any], error: BaseException) -> Settlement:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             self.on_exit(error)
-            return Settlement(message, "release", counted=False)
+            if isinstance(error, KeyboardInterrupt):
+                return Settlement(message, "release", counted=False)
+            return settle_failure(message, error, self.spec.rules, draw=random.random(), now=time.time())
         if self.spec.on_error is not None and not isinstance(error, Release):
             choice = await self._ask(message, error)
             if choice == "ack":
@@ -116,13 +118,14 @@ class Failures:
             log.info("%s: message %s of %r goes back: %s", self.spec.name, message.id, message.topic, error)
             return
         expected = isinstance(error, (Directive, KeyboardInterrupt, SystemExit))
-        plain = expected or isinstance(error, DecodeError)  # the text says it all; a traceback shows only our code
+        trace = users_traceback(error)
+        plain = expected or trace is None or isinstance(error, DecodeError)  # the text says it all
         log.log(
             logging.INFO if expected else logging.ERROR,
             "%s: message %s of %r failed at attempt %d of %d (%s: %s); %s",
             self.spec.name, message.id, message.topic, message.attempt, self.spec.rules.retry.attempts,
             type(error).__name__, (settlement.reason or reason_of(error)).message, _next_step(settlement),
-            exc_info=None if plain else error,
+            exc_info=None if plain else (type(error), error, trace),
         )  # fmt: skip
         if self.telemetry.wants(MessageFailed):
             self.telemetry.emit(
