@@ -5,6 +5,7 @@ What each side may rely on:
 - The runtime makes one `receive` call at a time and never cancels it. After `stop()` it returns promptly with what has
   arrived, perhaps nothing, and everything it returns is settled.
 - `settle` is called by two tasks at most: one with acks alone, one with everything else, each one call at a time.
+- A source whose `settle` never waits, since its broker is in this process, may say so with `settles_at_once = True`.
 - The runtime settles each delivery once. When `settle` raises, the runtime calls it again with the same messages; a
   source makes that harmless (fenced by owner and token, or dropped because the scope died).
 - Messages received and not settled never exceed the demand asked for, so a source that obeys `demand` cannot overrun a

@@ -183,6 +183,8 @@ class MemoryTransport:
 class MemorySource:
     """One member of a group. Dropped without `aclose`, its deliveries come back when the lease has passed."""
 
+    settles_at_once = True
+
     def __init__(self, transport: MemoryTransport, hold: Hold, subscription: Subscription) -> None:
         self.lease: float | None = transport.lease
         self.renewer: Callable[[], Renewer] | None = None

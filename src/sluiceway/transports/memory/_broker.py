@@ -55,6 +55,8 @@ class Broker:
 
     def publish(self, messages: Sequence[Outgoing], now: float) -> None:
         """Add messages in order: all or, when one cannot be taken, none. Raises PayloadTooLarge or OptionError."""
+        if len(messages) == 1 and self._publish_one(messages[0]):
+            return
         routes = self._check(messages)
         topic: str | None = None
         puts: Puts = ()
@@ -85,6 +87,31 @@ class Broker:
             for queue in queues:
                 if queue.sleepers:
                     queue.wake()
+
+    def _publish_one(self, message: Outgoing) -> bool:
+        """Add a plain message to a topic that was published to before; False for any other. A third of the time."""
+        route = self._routes.get(message.topic)
+        headers = message.headers
+        if route is None or message.delay > 0 or message.group is not None or len(message.body) > self._largest:
+            return False
+        self._places += 1
+        entry = (
+            message.topic,
+            message.body,
+            message.id,
+            message.key,
+            headers if headers is NO_HEADERS else dict(headers),
+            message.timestamp,
+            None,
+            self._places,
+        )
+        puts, queues = route
+        for put in puts:
+            put(entry)
+        for queue in queues:
+            if queue.sleepers:
+                queue.wake()
+        return True
 
     def fault_of(self, messages: Sequence[Outgoing]) -> str | None:
         """Why these messages cannot be published; None when they can."""
