@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -31,7 +32,19 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-async def memory(scale: float, pause: float = 0.0) -> dict[str, float]:
+def memory(scale: float, pause: float = 0.0, plain: bool = False) -> dict[str, float]:
+    """In the loop that the command line takes, which is uvloop's where that is installed; or in asyncio's own."""
+    factory = asyncio.new_event_loop
+    if not plain:
+        with contextlib.suppress(ImportError):
+            import uvloop
+
+            factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_memory(scale, pause))
+
+
+async def _memory(scale: float, pause: float) -> dict[str, float]:
     """One message at a time through a pipeline that waits for it, `pause` seconds after the one before."""
     app = App(MemoryTransport())
 
@@ -122,6 +135,13 @@ CASES = [
             Figure("memory, idle: publish to settled, p99", "µs", "p99", "bound", 120.0, 1.0),
         ),
         Job("bench.latency:memory"),
+    ),
+    Case(
+        (
+            Figure("memory, idle, asyncio's own loop: publish to settled, p50", "µs", "p50", "bound"),
+            Figure("memory, idle, asyncio's own loop: publish to settled, p99", "µs", "p99", "bound"),
+        ),
+        Job("bench.latency:memory", {"plain": True}),
     ),
     Case(
         (
