@@ -55,6 +55,7 @@ class ThreadProcessors:
         self._closed = False
         self._queue: SimpleQueue[Message[Any] | None] = SimpleQueue()
         self._done: deque[tuple[Message[Any], Any, BaseException | None]] = deque()
+        settler.following = self._done
         self._told = False
         self._inside = 0  # messages put and not collected
         self._slots: list[_Slot] = []
