@@ -114,10 +114,11 @@ class Store:
     def _claim_fresh(self, inlet: Inlet, owner: int, demand: int) -> list[Message[Any]]:
         """The way of nearly all messages: a run of fresh rows of one queue."""
         messages: list[Message[Any]] = []
+        add = messages.append
         size, seq = 0, 0
         cursor = self.execute(inlet.only_fresh, (demand,))
         for seq, topic, body, id_, key, headers, timestamp in cursor:
-            messages.append(
+            add(
                 Message(
                     topic,
                     body,
@@ -214,13 +215,19 @@ class Store:
                     raise Mismatch
                 continue
             self._touch_followers(owner)
-            seqs = array("q", [token[0] for token in tokens if token[1] == owner])
-            sql = f"DELETE FROM queue WHERE seq IN carray(?1) AND {_OURS}"
+            seqs = [token[0] for token in tokens if token[1] == owner]
+            first, last = min(seqs), max(seqs)
+            if last - first + 1 == len(seqs):  # a run without gaps, as most are, is found in one go
+                sql = f"DELETE FROM queue WHERE seq BETWEEN ?1 AND ?3 AND {_OURS}"
+                bindings: tuple[Any, ...] = (first, owner, last)
+            else:
+                sql = f"DELETE FROM queue WHERE seq IN carray(?1) AND {_OURS}"
+                bindings = (apsw.carray(array("q", seqs)), owner)
             if self.precise:
-                rows = self.execute(f"{sql} RETURNING seq", (apsw.carray(seqs), owner)).fetchall()
+                rows = self.execute(f"{sql} RETURNING seq", bindings).fetchall()
                 done.update((seq, owner) for (seq,) in rows)
             else:
-                self.execute(sql, (apsw.carray(seqs), owner))
+                self.execute(sql, bindings)
                 if self.db.changes() != len(seqs):
                     raise Mismatch
         if not self.precise:
