@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -14,6 +13,7 @@ from .._decisions.policy import give_up, reason_of, settle_failure, users_traceb
 from ..errors import DecodeError, Directive, OptionError, Release
 from ..message import SETTLED, Message, Settlement
 from ..telemetry import MessageFailed, Telemetry
+from .chance import draw
 from .settler import PipelineSettler
 from .spec import ErrorChoice, PipelineSpec
 
@@ -57,7 +57,7 @@ class Failures:
             self.on_exit(error)
             if isinstance(error, KeyboardInterrupt):
                 return Settlement(message, "release", counted=False)
-            return settle_failure(message, error, self.spec.rules, draw=random.random(), now=time.time())
+            return settle_failure(message, error, self.spec.rules, draw=draw(), now=time.time())
         if self.spec.on_error is not None and not isinstance(error, Release):
             choice = await self._ask(message, error)
             if choice == "ack":
@@ -65,7 +65,7 @@ class Failures:
             if isinstance(choice, Directive):
                 error = choice.with_traceback(error.__traceback__)
                 error.__cause__ = message.error
-        return settle_failure(message, error, self.spec.rules, draw=random.random(), now=time.time())
+        return settle_failure(message, error, self.spec.rules, draw=draw(), now=time.time())
 
     async def _ask(self, message: Message[Any], error: BaseException) -> ErrorChoice:
         assert self.spec.on_error is not None

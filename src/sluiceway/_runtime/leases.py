@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from ..message import Message
 from ..source import Renewer, Source
+from .chance import draw
 from .settler import PipelineSettler
 
 log = logging.getLogger("sluiceway.leases")
@@ -42,7 +42,7 @@ class LeaseKeeper:
 
     def _run(self, make: Callable[[], Renewer], interval: float) -> None:
         renewer: Renewer | None = None
-        while not self._stop.wait(interval * random.uniform(0.8, 1.0)):
+        while not self._stop.wait(interval * (0.8 + 0.2 * draw())):
             held = list(self.settler.held)  # one step of C code, so the loop cannot change the set meanwhile
             if not held:
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..message import QUEUED, Message, Settlement
 from ..source import Source
 from ..telemetry import SuspectRuns, Telemetry
 from .batchers import Batchers
+from .chance import draw
 from .failures import Failures
 from .processors import Processors, Queue
 from .settler import PipelineSettler
@@ -129,7 +129,7 @@ class SuspectQuarantine:
             try:
                 return await self.source.suspect(message)
             except Exception as error:
-                delay = reconnect_delay(tries, random.random())
+                delay = reconnect_delay(tries, draw())
                 tries += 1
                 log.warning(
                     "%s: writing down that message %s is suspected failed: %s; trying again in %.2f s",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..errors import AppError, LeaseLost, RoutingError
 from ..message import QUEUED, SETTLED, Message, Outcome, Refused, Settlement
 from ..source import Source
 from ..telemetry import Settled, SettleRefused, Telemetry
+from .chance import draw
 from .spec import PipelineSpec
 
 log = logging.getLogger("sluiceway.settler")
@@ -235,7 +235,7 @@ class PipelineSettler:
                 except (Exception, asyncio.CancelledError) as error:
                     if _cancelled_from_outside(error):
                         raise
-                    delay = reconnect_delay(tries, random.random())
+                    delay = reconnect_delay(tries, draw())
                     tries += 1
                     text = self._troubles[what] = f"settling {count} messages failed: {type(error).__name__}: {error}"
                     log.warning("%s: %s; trying again in %.2f s", self.spec.name, text, delay)
@@ -294,7 +294,7 @@ class PipelineSettler:
             if self._troubles.pop("rejected", None):
                 self.on_stuck()
         elif self._stuck_timer is None:
-            self._stuck_timer = self._loop.call_later(reconnect_delay(6, random.random()), self._retry_stuck)
+            self._stuck_timer = self._loop.call_later(reconnect_delay(6, draw()), self._retry_stuck)
             self.on_stuck()
 
     def _retry_stuck(self) -> None:

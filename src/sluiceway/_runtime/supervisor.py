@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable
 
 from msgspec import Struct
@@ -14,6 +13,7 @@ from ..errors import OptionError, PipelineFailed
 from ..message import Scope
 from ..source import Backlog, Source
 from ..telemetry import PipelineCrashed, PipelineStarted, Telemetry
+from .chance import draw
 from .drain import Drained
 from .flow import CLOSE_TIMEOUT, Flow, uncancelled
 from .spec import PipelineSpec
@@ -185,7 +185,7 @@ class Supervisor:
         return opening.result()
 
     async def _crashed(self, error: Exception) -> None:
-        delay = self._rule.crashed(asyncio.get_running_loop().time(), random.random())
+        delay = self._rule.crashed(asyncio.get_running_loop().time(), draw())
         if self.telemetry.wants(PipelineCrashed):
             self.telemetry.emit(PipelineCrashed(consumer=self.spec.name, error=error, delay=delay))
         self._reason = f"{type(error).__name__}: {error}"
