@@ -51,8 +51,8 @@ def make_decoder(payload_type: Any) -> Decode | None:
 
 def _in_one_line(error: Exception) -> str:
     """What msgspec says; of pydantic's several lines, where and what of each mistake."""
-    mistakes = error.errors(include_url=False) if hasattr(error, "errors") else ()
-    told = (f"{one['msg']} - at `{'.'.join(map(str, one['loc'])) or '$'}`" for one in mistakes)
+    mistakes: Any = getattr(error, "errors", tuple)
+    told = (f"{one['msg']} - at `{'.'.join(map(str, one['loc'])) or '$'}`" for one in mistakes())
     return "; ".join(told) or str(error)
 
 
