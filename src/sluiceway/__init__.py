@@ -25,7 +25,7 @@ from .errors import (
 )
 from .gate import Gate, Pause
 from .manager import ConsumerManager
-from .message import Batch, BatchInfo, Message, Outgoing
+from .message import Batch, BatchInfo, Message, Outgoing, Split
 from .middleware import Middleware
 from .options import Batching, ConsumerOptions
 from .pipeline import Pipeline
@@ -66,6 +66,7 @@ __all__ = [
     "RetryLater",
     "RoutingError",
     "SluicewayError",
+    "Split",
     "TransportError",
     "Unsupported",
     "consumer",

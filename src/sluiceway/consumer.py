@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from ._decisions.topics import check_topic, dead_letter_topic, is_dead_letter_topic, is_pattern, matches
 from ._runtime.spec import ErrorChoice
 from .errors import AppError, OptionError
-from .message import DEFAULT_BATCHER, Batch, Message
+from .message import DEFAULT_BATCHER, Batch, Message, Split
 from .options import Batching, ConsumerOptions, Resolved, resolve
 from .signatures import check_call, class_payload_type, is_async, method_of, name_of, payload_type, takes, with_context
 
@@ -158,12 +158,15 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
         size: int | None = None,
         timeout: float | None = None,
         key: Callable[[R], Hashable] | None = None,
+        split: Split[Any] | None = None,
         concurrency: int = 1,
     ) -> Callable[[BatchF], BatchF]:
         """Declare a batcher and its batch handler.
 
         A batch goes after `size` messages (default 100) or `timeout` seconds (default 1.0). `key` takes what the
-        handler returned; messages of one key share batches. `concurrency` batches run at once. Raises OptionError.
+        handler returned; messages of one key share batches. `split` makes a batch full before it has its size, by what
+        is in it: `Split.bytes(1_000_000)`, or a function of your own. `concurrency` batches run at once. Raises
+        OptionError.
         """
         if not (name and isinstance(name, str)):
             raise OptionError(f"{self.name}: a batcher's name is a non-empty string, got {name!r}; write .batch(...)")
@@ -179,6 +182,7 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
                     size=default.size if size is None else size,
                     timeout=default.timeout if timeout is None else timeout,
                     key=key,
+                    split=split,
                     concurrency=concurrency,
                 )
             except OptionError as error:

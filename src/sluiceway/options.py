@@ -16,6 +16,7 @@ from msgspec import Struct
 from ._decisions.topics import check_topic
 from .errors import OptionError
 from .gate import Gate
+from .message import Split
 from .middleware import Middleware
 from .retry import Retry
 from .source import OrderBy, Start
@@ -24,12 +25,14 @@ from .source import OrderBy, Start
 class Batching(Struct, frozen=True, kw_only=True):
     """One batcher: a batch goes after `size` messages or `timeout` seconds.
 
-    `key(value)` splits it by what the handler returned; `concurrency` batches of it run at once. Raises OptionError.
+    `key(value)` splits it by what the handler returned; `split` makes a batch full before it has its size, by what is
+    in it; `concurrency` batches of it run at once. Raises OptionError.
     """
 
     size: int = 100
     timeout: float = 1.0
     key: Callable[[Any], Hashable] | None = None
+    split: Split[Any] | None = None
     concurrency: int = 1
 
     def __post_init__(self) -> None:
@@ -39,6 +42,8 @@ class Batching(Struct, frozen=True, kw_only=True):
                 raise OptionError(f"Batching: {name} must be {problem}, got {getattr(self, name)!r}")
         if self.key is not None and not callable(self.key):
             raise OptionError(f"Batching: key must be a function of what the handler returned, got {self.key!r}")
+        if self.split is not None and not isinstance(self.split, Split):
+            raise OptionError(f"Batching: split must be a Split(start, step) or Split.bytes(n), got {self.split!r}")
 
 
 class ConsumerOptions(TypedDict, total=False):

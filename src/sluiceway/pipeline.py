@@ -91,6 +91,7 @@ def make_spec(
                 size=batching.size,
                 timeout=batching.timeout,
                 key=batching.key,
+                split=batching.split,
                 concurrency=batching.concurrency,
             )
             for name, (function, batching) in bound.batchers.items()

@@ -75,12 +75,13 @@ class Killer:
         """Nothing lost, repeated at most the windows of the killed, no innocent dead."""
         site, book = self.site, self.site.book
         accepted = {**loaded, **book.accepted()}
-        assert accepted.keys() <= book.numbers(handled), "lost"
+        assert site.dead() == {}, "innocents"
+        lost = accepted.keys() - book.numbers(handled)
+        assert not lost, f"lost: {[one for one in book.events if one.n in lost and one.event != 'offer']}"
         assert book.numbers("start") <= accepted.keys() | {one.n for one in book.all("offer")}, "from nowhere"
         repeated = book.repeated()
         assert set(repeated) <= set(self.killed), f"repeated though nobody died: {repeated}"
         assert not {pid: count for pid, count in repeated.items() if count > window}, "more than a window"
-        assert site.dead() == {}, "innocents"
         outputs = site.stored(OUTPUT)
         if outputs:
             assert sorted(n for n, _ in outputs) == sorted(accepted), "one output per message, by the settle it is in"

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluiceway._decisions.suspicion import GROUP, is_suspect, next_suspects, runs_alone
+from sluiceway._decisions.suspicion import died_alone, group_size, is_suspect, next_suspects, runs_alone
 from sluiceway.message import Message
 
 STEPS = st.lists(st.sampled_from(["failed", "released", "suspected and died"]), max_size=20)
@@ -39,17 +39,19 @@ SUSPECTS = st.lists(
         st.integers(0, 2),
     ),
     min_size=1,
-    max_size=3 * GROUP,
+    max_size=30,
 )
 
 
-@given(suspects=SUSPECTS)
-def test_suspects_of_one_death_run_in_groups_and_those_of_more_run_alone(suspects: list[Message[Any]]) -> None:
-    chosen = next_suspects(suspects, ordered=False)
-    assert 1 <= len(chosen) <= GROUP
+@given(suspects=SUSPECTS, group=st.integers(2, 10))
+def test_suspects_of_one_death_run_in_groups_and_those_of_more_run_alone(
+    suspects: list[Message[Any]], group: int
+) -> None:
+    chosen = next_suspects(suspects, group=group, ordered=False)
+    assert 1 <= len(chosen) <= group
     together = [one for one in suspects if not runs_alone(one)]
     if together:
-        assert chosen == together[:GROUP]
+        assert chosen == together[:group]
     else:
         (one,) = chosen
         assert (one.suspicions, one.deliveries) == min((other.suspicions, other.deliveries) for other in suspects)
@@ -59,7 +61,20 @@ def test_suspects_of_one_death_run_in_groups_and_those_of_more_run_alone(suspect
 def test_every_suspect_has_its_turn(suspects: list[Message[Any]]) -> None:
     left, turns = list(suspects), 0
     while left:
-        chosen = next_suspects(left, ordered=False)
+        chosen = next_suspects(left, group=4, ordered=False)
         left = [one for one in left if one not in chosen]
         turns += 1
     assert turns <= len(suspects)
+
+
+def test_a_group_is_about_the_root_of_the_window() -> None:
+    assert [group_size(window) for window in (1, 20, 1_000)] == [2, 4, 31]
+
+
+def test_only_a_message_whose_suspicion_was_written_before_it_ran_died_alone() -> None:
+    def suspect(deliveries: int, suspicions: int, *, suspect: bool = True) -> Message[Any]:
+        return Message("t", b"", "1", deliveries=deliveries, suspicions=suspicions, suspect=suspect)
+
+    assert not died_alone(suspect(3, 0))
+    assert not died_alone(suspect(3, 2, suspect=False))
+    assert died_alone(suspect(4, 2))

@@ -78,9 +78,9 @@ def test_ids_are_all_different() -> None:
 def test_to_says_batcher_key_and_flush_and_a_later_call_replaces_an_earlier_one() -> None:
     one = running()
     one.to("s3", key="day", flush=True)
-    assert (one.batcher, one.batch_key, one.flush) == ("s3", "day", True)
+    assert one.routing == ("s3", "day", True)
     one.to()
-    assert (one.batcher, one.batch_key, one.flush) == ("default", None, False)
+    assert one.routing == ("default", None, False)
 
 
 def test_to_is_checked_on_the_users_own_line() -> None:
@@ -89,13 +89,13 @@ def test_to_is_checked_on_the_users_own_line() -> None:
         one.to("s4")
     with pytest.raises(TypeError, match="unhashable type: 'list'"):
         one.to("s3", key=[])  # type: ignore[arg-type]
-    assert (one.batcher, one.batch_key) == ("default", None)
+    assert one.routing is None
 
 
 def test_to_works_outside_a_pipeline_so_that_a_handler_can_be_tested_by_itself() -> None:
     one = message()
     one.to("anything", key=1)
-    assert (one.batcher, one.batch_key) == ("anything", 1)
+    assert one.routing == ("anything", 1, False)
 
 
 def test_fail_takes_an_error_its_type_or_a_text_and_the_last_call_counts() -> None:

@@ -345,7 +345,7 @@ class RecordingSource:
             entry.suspicions, entry.suspect, entry.deliveries = 0, False, 1 + entry.failures  # the handler did end
             broker.back(entry, delay=one.delay)
         elif one.outcome == "release":
-            broker.back(entry)
+            broker.back(entry, delay=one.delay)
         elif one.outcome == "park":
             broker.parked.add(entry)
         return []

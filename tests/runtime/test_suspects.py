@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sluiceway import Batch, Message, Pipeline, Retry
+from sluiceway._decisions.suspicion import STEADY
 
 from .recording import Broker, running
 
@@ -265,3 +266,50 @@ async def test_suspects_of_one_death_run_together_with_nothing_else_in_hand() ->
     assert all(one <= suspects or not one & suspects for one in seen)
     assert broker.suspected == []
     assert len(broker.acked) == 10
+
+
+DIED_ALONE: dict[str, Any] = {"suspect": True, "suspicions": 2, "deliveries": 4}
+
+
+async def test_a_message_that_a_process_died_alone_with_rests_until_this_process_lives_steadily() -> None:
+    broker = Broker("a")
+    broker.put("hit", **DIED_ALONE)
+    ran: list[tuple[bytes, float]] = []
+
+    async def handle(message: Message[bytes]) -> None:
+        ran.append((message.body, asyncio.get_running_loop().time()))
+
+    async with running(Pipeline(broker.open, handle), broker):
+        await broker.settled(2)
+        broker.put("hit again", **DIED_ALONE)
+        await broker.settled(3)
+    assert ran == [(b"a", 0), (b"hit", STEADY), (b"hit again", STEADY)]
+    assert broker.suspected == ["m2", "m3"]
+
+
+async def test_what_is_behind_a_resting_message_of_its_key_waits_for_it() -> None:
+    broker = Broker()
+    broker.put("1", key="k", **DIED_ALONE)
+    broker.put("2", key="k")
+    broker.put("1", key="other")
+    ran: list[tuple[bytes, str | None]] = []
+
+    async def handle(message: Message[bytes]) -> None:
+        ran.append((message.body, message.key))
+
+    async with running(Pipeline(broker.open, handle, order_by="key"), broker):
+        await broker.settled(3)
+    assert ran == [(b"1", "other"), (b"1", "k"), (b"2", "k")]
+
+
+async def test_poison_does_not_rest_before_its_dead_letter() -> None:
+    broker = Broker()
+    broker.put("poison", suspect=True, suspicions=3, deliveries=5)
+
+    async def handle(message: Message[bytes]) -> None:
+        raise AssertionError
+
+    async with running(Pipeline(broker.open, handle), broker):
+        await broker.settled(1)
+        assert asyncio.get_running_loop().time() == 0
+    assert len(broker.dead) == 1

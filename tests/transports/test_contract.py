@@ -293,6 +293,18 @@ async def test_a_released_message_comes_again_untouched_in_its_place(kit: Kit) -
     assert all((one.attempt, one.deliveries, one.suspect) == (1, 1, False) for one in again)
 
 
+@pytest.mark.needs("release", "delay")
+async def test_a_release_with_a_delay_comes_again_untouched_when_it_is_due(kit: Kit) -> None:
+    source = await kit.open("t")
+    await kit.publish("t", b"a", b"b")
+    first, second = await kit.get(source, 2)
+    began = now()
+    await source.settle([second], [Settlement(first, "release", delay=3 * MOMENT)])
+    message = await kit.one(source)
+    assert now() - began >= 3 * MOMENT - EARLY
+    assert (message.body, message.attempt, message.deliveries, message.suspect) == (b"a", 1, 1, False)
+
+
 @pytest.mark.needs("release")
 async def test_a_release_after_a_failure_keeps_the_count_of_failures(kit: Kit) -> None:
     source = await kit.open("t")

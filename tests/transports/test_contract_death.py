@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from sluiceway.message import Outgoing, Settlement
-from tests.transports.kit import Kit, bodies, numbered, waiting
+from tests.transports.kit import MOMENT, Kit, bodies, numbered, waiting
 
 pytestmark = pytest.mark.virtual_time
 
@@ -215,6 +215,21 @@ async def test_a_suspect_that_is_released_is_a_suspect_again(kit: Kit) -> None:
         message = await kit.one(source)
         assert (message.attempt, message.suspect) == (1, True)
         await source.settle([], [Settlement(message, "release")])
+
+
+@pytest.mark.needs("release", "delay")
+async def test_a_suspect_that_is_released_for_a_while_keeps_its_suspicions(kit: Kit) -> None:
+    await kit.publish("t", b"a")
+    await kit.broker.die_holding("t", "g", 1)
+    source = await kit.open("t")
+    assert await source.suspect(await kit.one(source))
+    await source.aclose()
+    await kit.broker.die_holding("t", "g", 1)
+    source = await kit.open("t")
+    for _ in range(2):
+        message = await kit.one(source)
+        assert (message.attempt, message.suspicions, message.suspect) == (2, 1, True)
+        await source.settle([], [Settlement(message, "release", delay=MOMENT)])
 
 
 async def test_a_message_whose_every_process_dies_is_at_its_next_attempt_each_time(kit: Kit) -> None:

@@ -71,6 +71,18 @@ async def test_a_key_waits_for_the_retry_of_its_earlier_message(kit: Kit, pair: 
     assert now() - began >= 3 * MOMENT - EARLY
 
 
+@pytest.mark.needs("release", "delay")
+async def test_a_key_waits_for_the_delayed_release_of_its_earlier_message(
+    kit: Kit, pair: tuple[Source, Source]
+) -> None:
+    first, second = pair
+    await kit.publish("t", *numbered(3), key="k")
+    began = now()
+    await first.settle([], [Settlement(await kit.one(first), "release", delay=3 * MOMENT)])
+    assert bodies(await kit.get(second, 3)) == numbered(3)
+    assert now() - began >= 3 * MOMENT - EARLY
+
+
 @pytest.mark.needs("delay")
 async def test_the_retry_of_a_later_message_does_not_hold_up_an_earlier_one(kit: Kit) -> None:
     source = await kit.open("t", order_by="key")
@@ -94,6 +106,15 @@ async def test_released_messages_keep_their_order(kit: Kit, pair: tuple[Source, 
     messages = await kit.get(first, 3)
     await first.settle([], [Settlement(message, "release") for message in reversed(messages)])
     assert bodies(await kit.get(second, 4)) == numbered(4)
+
+
+@pytest.mark.needs("park")
+async def test_what_was_parked_reaches_a_consumer_that_has_no_order(kit: Kit) -> None:
+    source = await kit.open("t", order_by="key")
+    await kit.publish("t", b"a", key="k")
+    await source.settle([], [Settlement(await kit.one(source), "park")])
+    await source.aclose()
+    assert bodies(await kit.get(await kit.open("t"), 1)) == [b"a"]
 
 
 async def test_closing_a_source_frees_its_keys_in_order(kit: Kit, pair: tuple[Source, Source]) -> None:

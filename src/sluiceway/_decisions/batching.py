@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from ..message import BATCHED, BatchInfo, Message
+from ..message import BatchInfo, Message, Routing, Split, Trigger
 
-Trigger = Literal["size", "timeout", "flush", "drain", "revoke", "starved"]
-Change = Literal["opened", "full", "flush"]
+Add = Callable[[Message[Any], Any], "Change | None"]
 Emitted = tuple[list[Message[Any]], BatchInfo]
+_UNROUTED = Routing()
+
+
+class Change(NamedTuple):
+    """What became of the batch of `key` when a message joined it: it was opened, or is to be emitted."""
+
+    key: Hashable
+    kind: Literal["opened", "size", "split", "flush"]
+
+
+_FULL = Change(None, "size")
 
 
 class Forming:
@@ -18,35 +28,68 @@ class Forming:
     A batch's time starts when its first message arrives; it is due `timeout` seconds later.
     """
 
-    def __init__(self, name: str, size: int, timeout: float, key: Callable[[Any], Hashable] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        timeout: float,
+        key: Callable[[Any], Hashable] | None = None,
+        split: Split[Any] | None = None,
+    ) -> None:
         self.name = name
         self.key = key
         self.size = size
         self.timeout = timeout
+        self.split = split
         self._batches: dict[Hashable, list[Message[Any]]] = {}
+        self._unkeyed: list[Message[Any]] = []  # always the same list, so that a processor's loop can hold on to it
         self._due: dict[Hashable, float] = {}  # in the order of the first messages, which is the order of the times
+        self._accumulators: dict[Hashable, Any] = {}
 
     def add(self, message: Message[Any], value: Any) -> Change | None:
-        """Put a message whose handler returned `value` into its key's batch. Raises what the key function raises.
+        """Put a message whose handler returned `value` into its key's batch.
 
-        `opened`: the batch is new, call `opened(key, now)`. `full` or `flush`: call `take(key, ...)`.
+        `opened`: the batch is new, call `opened(key, now)`. Any other change: call `take(key, ...)`. Raises what the
+        user's key function and split raise, and leaves the message out then.
         """
-        key = message.batch_key
+        _, key, flush = message.routing or _UNROUTED
         if key is None and self.key is not None:
-            key = message.batch_key = self.key(value)
+            key = self.key(value)
+        hash(key)
+        message.value = value
+        split = self.split is not None and self._step(self.split, key, message)
         batch = self._batches.get(key)
-        if value is not None:  # as it is already; writing an attribute is a third of what this costs
-            message.value = value
-        message.state = BATCHED
         if batch is None:
-            self._batches[key] = [message]
-            if self.size > 1 and not message.flush:
-                return "opened"
-        else:
+            batch = self._batches[key] = self._unkeyed if key is None else []
+        batch.append(message)
+        if flush:
+            return Change(key, "flush")
+        if split:
+            return Change(key, "split")
+        if len(batch) >= self.size:
+            return Change(key, "size")
+        return Change(key, "opened") if len(batch) == 1 else None
+
+    def _step(self, split: Split[Any], key: Hashable, message: Message[Any]) -> bool:
+        accumulator, full = split.step(self._accumulators.get(key, split.start), message)
+        self._accumulators[key] = accumulator
+        return full
+
+    def adder(self) -> Add:
+        """`add` in half the time, where all messages that nobody routed share one batch."""
+        if self.key is not None or self.split is not None or self.size == 1:
+            return self.add
+        batch, size, slowly = self._unkeyed, self.size, self.add
+
+        def add(message: Message[Any], value: Any) -> Change | None:
+            if message.routing is not None or not batch:
+                return slowly(message, value)
+            if value is not None:  # as it is already; writing an attribute is a third of what this costs
+                message.value = value
             batch.append(message)
-            if len(batch) < self.size and not message.flush:
-                return None
-        return "flush" if message.flush else "full"
+            return None if len(batch) < size else _FULL
+
+        return add
 
     @property
     def count(self) -> int:
@@ -61,7 +104,12 @@ class Forming:
     def take(self, key: Hashable, trigger: Trigger) -> Emitted:
         """The batch of `key`, which is no longer forming."""
         batch = self._batches.pop(key)
+        if key is None:
+            batch = batch.copy()
+            self._unkeyed.clear()
         self._due.pop(key, None)
+        if trigger != "split":
+            self._accumulators.pop(key, None)
         return batch, BatchInfo(self.name, key, len(batch), trigger)
 
     def take_due(self, now: float) -> list[Emitted]:

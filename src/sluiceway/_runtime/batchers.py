@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Hashable
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
-from .._decisions.batching import Change, Emitted, Forming, Trigger
+from .._decisions.batching import Add, Change, Emitted, Forming
 from ..errors import HandlerTimeout, Release, RoutingError
-from ..message import DEFAULT_BATCHER, Batch, Message
+from ..message import DEFAULT_BATCHER, Batch, Message, Trigger
 from ..telemetry import BatchFinished, Telemetry
 from .failures import Failures
 from .settler import PipelineSettler
@@ -45,7 +45,7 @@ class Batcher:
         self.settler = settler
         self.failures = failures
         self.telemetry = hub
-        self.forming = Forming(batcher.name, batcher.size, batcher.timeout, batcher.key)
+        self.forming = Forming(batcher.name, batcher.size, batcher.timeout, batcher.key, batcher.split)
         self.queue: deque[Emitted] = deque()
         self.on_idle: Callable[[], None] = _nothing
         self.on_crash: Callable[[BaseException], None] = _raise
@@ -60,12 +60,12 @@ class Batcher:
         """Whether a batch runs or waits to run."""
         return bool(self._runs or self.queue or self._failing)
 
-    def changed(self, key: Hashable, change: Change) -> None:
+    def changed(self, change: Change) -> None:
         """A message opened a batch, or made it full."""
-        if change == "opened":
-            self._set_timer(self.forming.opened(key, self._loop.time()))
+        if change.kind == "opened":
+            self._set_timer(self.forming.opened(change.key, self._loop.time()))
         else:
-            self._emit(self.forming.take(key, "size" if change == "full" else "flush"))
+            self._emit(self.forming.take(change.key, change.kind))
 
     def emit_all(self, trigger: Trigger) -> None:
         """Emit what is forming."""
@@ -232,22 +232,24 @@ class Batchers:
 
         Raises RoutingError, and what the user's `key` function raises.
         """
-        batcher = self.by_name.get(message.batcher)
+        name = DEFAULT_BATCHER if message.routing is None else message.routing.batcher
+        batcher = self.by_name.get(name)
         if batcher is None:
             known = ", ".join(map(repr, self.by_name))
-            raise RoutingError(f"{self.name}: there is no batcher {message.batcher!r}; its batchers: {known}")
+            raise RoutingError(f"{self.name}: there is no batcher {name!r}; its batchers: {known}")
         return batcher.forming.add(message, value)
 
-    def adder(self) -> Callable[[Message[Any], Any], Change | None] | None:
+    def adder(self) -> Add | None:
         """`add` for a processor's loop, the shortest way there is; None without batchers."""
         if not self.by_name:
             return None
         if list(self.by_name) == [DEFAULT_BATCHER]:
-            return self.by_name[DEFAULT_BATCHER].forming.add  # `to()` has checked the name on the user's own line
+            return self.by_name[DEFAULT_BATCHER].forming.adder()  # `to()` has checked the name on the user's own line
         return self.add
 
     def changed(self, message: Message[Any], change: Change) -> None:
-        self.by_name[message.batcher].changed(message.batch_key, change)
+        name = DEFAULT_BATCHER if message.routing is None else message.routing.batcher
+        self.by_name[name].changed(change)
 
     @property
     def busy(self) -> bool:

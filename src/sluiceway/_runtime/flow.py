@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from .._decisions.window import Window
-from ..message import QUEUED, RUNNING, Message, Scope, Settlement
+from ..message import QUEUED, Message, Scope, Settlement
 from ..source import Source
 from ..telemetry import PipelineStopped, Telemetry
 from .batchers import Batchers
@@ -164,9 +164,7 @@ class Flow:
 
     def _on_thread(self, message: Message[Any]) -> bool:
         """Whether a thread runs the message's handler or batch handler: it cannot be cut off, so nobody else may."""
-        if self.spec.mode == "thread" and message.state == RUNNING:
-            return True
-        return any(calls.holds(message) for calls in self.spec.threads)
+        return self.processors.holds(message) or any(calls.holds(message) for calls in self.spec.threads)
 
     def _make_processors(self) -> Processors:
         kind: type[AsyncProcessors | ThreadProcessors]

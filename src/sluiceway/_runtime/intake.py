@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
-from .._decisions.suspicion import GROUP
+from .._decisions.suspicion import group_size
 from .._decisions.window import Window
 from ..errors import DecodeError
 from ..message import Message
@@ -87,6 +87,8 @@ class Intake:
             self.asking = 0
             if messages:
                 await self._admit(messages, demand)
+                if len(messages) < demand:
+                    await asyncio.sleep(0)  # the broker has no more: what it gave is handled before it is asked again
             elif not self.stopping:
                 await asyncio.sleep(EMPTY)
 
@@ -112,7 +114,9 @@ class Intake:
         if free <= 0 or self.settler.stuck or not (self.processors.idle or unstarted <= self.window.size // 2):
             return 0
         if self._apart:
-            free = min(free, GROUP)  # the next ones may be suspects too, and all that do not run now go back
+            free = min(
+                free, group_size(self.spec.ceiling)
+            )  # the next ones may be suspects too, and all that do not run now go back
         now = self._loop.time()
         for gate in self.spec.gates:
             free = gate.allow(now, free)

@@ -54,6 +54,10 @@ class Processors(Queue, Protocol):
         """Take back every message whose handler was not entered."""
         ...
 
+    def holds(self, message: Message[Any]) -> bool:
+        """Whether a thread runs the message's handler, which nobody can cut off."""
+        ...
+
     def cancel(self) -> int:
         """Cut off what runs, where that can be done; returns how many."""
         ...
@@ -128,6 +132,9 @@ class AsyncProcessors:
         unstarted = [message for message in self._ready if message.state == QUEUED]
         self._ready.clear()
         return unstarted
+
+    def holds(self, message: Message[Any]) -> bool:
+        return False
 
     def cancel(self) -> int:
         running = [slot for slot in self._slots if slot.message is not None]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .._decisions.backoff import reconnect_delay
-from .._decisions.suspicion import next_suspects, runs_alone
+from .._decisions.suspicion import STEADY, died_alone, group_size, next_suspects, runs_alone
 from ..errors import KilledItsProcess
 from ..message import QUEUED, Message, Settlement
 from ..source import Source
@@ -51,6 +51,8 @@ class SuspectQuarantine:
         self.take_unstarted: Callable[[], Sequence[Message[Any]]] = processors.take_unstarted
         self._stopping = False
         self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
 
     def poke(self) -> None:
         """Something was settled, or a processor ran dry."""
@@ -71,9 +73,13 @@ class SuspectQuarantine:
             self._release(messages)
             await self._alone_with(())
             return
+        messages = self._let_rest(messages)
+        if not messages:
+            return
         first = self._first_of_their_keys(messages) if self.spec.ordered else messages
         suspects = [message for message in first if message.suspect]
-        chosen = next_suspects(suspects, ordered=self.spec.ordered) if suspects else list(first)
+        group = group_size(self.spec.ceiling)
+        chosen = next_suspects(suspects, group=group, ordered=self.spec.ordered) if suspects else list(first)
         self._release(self.take_unstarted())
         self._release([message for message in messages if message not in chosen])
         await self._alone_with(chosen)
@@ -84,6 +90,23 @@ class SuspectQuarantine:
         else:
             self.queue.put(chosen)
         await self._alone_with(())
+
+    def _let_rest(self, messages: Sequence[Message[Any]]) -> Sequence[Message[Any]]:
+        """Send those that a process died alone with back until this process has lived for a while; returns the rest."""
+        seconds = self._since + STEADY - self._loop.time()
+        resting = [one for one in messages if seconds > 0 and died_alone(one) and not self._is_over(one)]
+        if not resting:
+            return messages
+        for message in resting:
+            self.settler.settle(Settlement(message, "release", delay=seconds, counted=False))
+        keys = {message.key for message in resting if message.key is not None} if self.spec.ordered else ()
+        self._release([message for message in messages if message.key in keys])
+        return [message for message in messages if message not in resting and message.key not in keys]
+
+    def _is_over(self, message: Message[Any]) -> bool:
+        """Whether the attempts are used up, the last of them alone: before that, a neighbour may have done it."""
+        rules = self.spec.rules
+        return message.suspicions > 0 and message.attempt >= rules.retry.attempts and rules.exhausted != "retry"
 
     def _first_of_their_keys(self, messages: Sequence[Message[Any]]) -> list[Message[Any]]:
         """Suspects and others do not run together: of each key only those of the first one's kind, up to the other."""
@@ -101,9 +124,7 @@ class SuspectQuarantine:
             self.settler.settle(Settlement(message, "release", counted=False))
 
     async def _run_alone(self, message: Message[Any]) -> None:
-        rules = self.spec.rules
-        ran_alone = message.suspicions > 0  # before that, a neighbour may have done it, whatever the attempts say
-        if ran_alone and message.attempt >= rules.retry.attempts and rules.exhausted != "retry":
+        if self._is_over(message):
             deaths = message.deliveries - 1 - message.failures
             text = f"its process died {deaths} times with this message in hand, the last time while it ran alone"
             self.failures.killed_its_process(message, KilledItsProcess(text))

@@ -9,7 +9,7 @@ from typing import Any
 
 from .._decisions.backoff import reconnect_delay
 from ..errors import AppError, LeaseLost, RoutingError
-from ..message import QUEUED, SETTLED, Message, Outcome, Refused, Settlement
+from ..message import QUEUED, RUNNING, SETTLED, Message, Outcome, Refused, Settlement
 from ..source import Source
 from ..telemetry import Settled, SettleRefused, Telemetry
 from .chance import draw
@@ -68,22 +68,26 @@ class PipelineSettler:
 
         `error` is what the batch handler raised; it fails all that did not fail by themselves.
         """
-        failed = []
-        acks = self.acks
-        for message in messages:
-            if error is None and message.error is None:
-                if message.state >= SETTLED:
-                    self.handler_ended(message)
-                elif message.outputs:
-                    self.ack(message)
-                else:
+        rest: Sequence[Message[Any]] = messages
+        if error is None:
+            rest = []
+            for message in messages:  # nearly always there is nothing to it
+                if message.error is None and message.state == RUNNING and message.outputs is None:
                     message.state = SETTLED
-                    acks.append(message)
-            else:
-                if message.error is None:
-                    message.error = error
+                else:
+                    rest.append(message)
+            others = set(rest)
+            self.acks += [message for message in messages if message not in others] if rest else messages
+        failed = []
+        for message in rest:
+            if error is not None or message.error is not None:
+                message.error = error if message.error is None else message.error
                 failed.append(message)
-        if acks and not self.scheduled:
+            elif message.state >= SETTLED:
+                self.handler_ended(message)
+            else:
+                self.ack(message)
+        if self.acks and not self.scheduled:
             self.schedule()
         return failed
 
@@ -109,8 +113,7 @@ class PipelineSettler:
         raise RuntimeError(f"{self.spec.name}: a source that settles at once has waited")
 
     def _acked(self, batch: list[Message[Any]], refused: Sequence[Refused]) -> None:
-        rejected = _rejected(refused)
-        if rejected:
+        if refused and (rejected := _rejected(refused)):
             self._keep([Settlement(message, "ack") for message in batch if id(message) in rejected])
             batch = [message for message in batch if id(message) not in rejected]
         self._ended(batch, refused)

@@ -10,7 +10,7 @@ from msgspec import Struct
 from .._decisions.policy import FailureRules
 from ..errors import Directive
 from ..gate import Gate
-from ..message import Batch, Handler, Message
+from ..message import Batch, Handler, Message, Split
 from .thread_calls import ThreadCalls
 
 ErrorChoice = Literal["ack"] | Directive | None
@@ -20,13 +20,15 @@ BatchHandler = Callable[[Batch[Any]], Awaitable[Any]]
 
 
 class BatcherSpec(Struct, frozen=True, kw_only=True):
-    """One batcher: `size` messages or `timeout` seconds; `key` of a handler's value; `concurrency` batch processors."""
+    """One batcher: `size` messages, what `split` says or `timeout` seconds; `key` of a handler's value; `concurrency`
+    batch processors."""
 
     name: str
     handle: BatchHandler
     size: int
     timeout: float
     key: Callable[[Any], Hashable] | None
+    split: Split[Any] | None
     concurrency: int
 
 

@@ -98,6 +98,10 @@ class ThreadProcessors:
                     taken.append(message)
         return taken
 
+    def holds(self, message: Message[Any]) -> bool:
+        """Whether a thread runs the message's handler."""
+        return any(message in slot.claim for slot in self._slots)
+
     def cancel(self) -> int:
         """A thread cannot be cut off: what it runs stays unsettled, and comes back when the process is gone."""
         return 0

@@ -297,9 +297,9 @@ class Broker:
         if one.outcome == "park":
             self._park(group, hold, again(entry))
         elif one.outcome == "retry":
-            self._retry(group, hold, retried(entry, counted=one.counted), one, now)
+            self._later(group, hold, retried(entry, counted=one.counted), one.delay, now)
         elif one.outcome == "release":
-            self._give_back(group, hold, [again(entry)])
+            self._later(group, hold, again(entry), one.delay, now)
         else:
             self._leave(hold, [entry])
         return None
@@ -349,11 +349,11 @@ class Broker:
             if queue.sleepers:
                 queue.wake()
 
-    def _retry(self, group: Group, hold: Hold, entry: Entry, one: Settlement, now: float) -> None:
-        if one.delay <= 0:
+    def _later(self, group: Group, hold: Hold, entry: Entry, delay: float, now: float) -> None:
+        if delay <= 0:
             self._give_back(group, hold, [entry])
             return
-        self._push_delayed(now + one.delay, entry, group.name, retry=True)
+        self._push_delayed(now + delay, entry, group.name, retry=True)
         queue = group.route(entry[TOPIC])
         if isinstance(queue, KeyedQueue):
             queue.delay(entry)

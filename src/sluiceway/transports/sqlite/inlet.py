@@ -47,7 +47,7 @@ class Inlet:
         ids = ", ".join(map(str, self.queue_ids))
         self.select = self._select(f"queue_id, state, deliveries, failures, suspicions, {STORED}")
         self.peek = self._select(
-            "seq", *(f"{_parked(one)} AND NOT ({_MUST_STAY})" for one in self.queue_ids if ordered)
+            "seq", *(f"{_parked(one)} AND NOT ({_MUST_STAY})" if ordered else _parked(one) for one in self.queue_ids)
         )
         self.any_back = f"SELECT 1 FROM queue WHERE queue_id IN ({ids}) AND state = {BACK} LIMIT 1"
         self.only_fresh: str | None = None

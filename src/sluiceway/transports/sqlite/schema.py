@@ -32,7 +32,7 @@ _SCHEMA = """
 CREATE TABLE queue(
   seq INTEGER PRIMARY KEY AUTOINCREMENT,
   queue_id INTEGER NOT NULL,
-  state INTEGER NOT NULL DEFAULT 0,         -- 0 fresh, 1 waits for its retry, 2 claimed, 3 published with a delay,
+  state INTEGER NOT NULL DEFAULT 0,         -- 0 fresh, 1 comes again later, 2 claimed, 3 published with a delay,
                                             -- 4 came back, 6 waits for an earlier message of its key
   due_at REAL,                              -- wall clock, of states 1 and 3
   owner INTEGER,                            -- of state 2

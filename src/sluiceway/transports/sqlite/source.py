@@ -50,7 +50,8 @@ class SQLiteSource:
         self._max_payload = max_payload
         self._window = subscription.window
         self._held = 0
-        self._left: list[Message[Any]] = []  # claimed for a receive whose caller has gone
+        self._left: list[Message[Any]] = []  # claimed, and not yet returned by a receive
+        self._asked: asyncio.Future[None] | None = None  # done when the claim that goes on has been answered
         self._stopped = False
         self._trouble: str | None = None
         self._since = time.time()
@@ -84,31 +85,28 @@ class SQLiteSource:
         A full disk or a lock that nobody lets go of is waited out, and `status()` says so. Raises TransportError for
         a damaged file.
         """
-        if self._left:
-            messages, self._left = self._left[:demand], self._left[demand:]
-            return messages
-        demand = min(demand, self._window)
-        if self._stopped or demand <= 0:
-            return []
-        future: asyncio.Future[list[Message[Any]]] = asyncio.get_running_loop().create_future()
-        self._reception.ask(self._tap, demand, partial(self._received, future))
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._withdraw()
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self._left += future.result()
-            raise
+        if self._asked is not None:  # for a receive that was cancelled: what it gets comes before all that is later
+            await asyncio.wait((self._asked,))
+        if not self._left:
+            demand = min(demand, self._window)
+            if self._stopped or demand <= 0:
+                return []
+            self._reception.ask(self._tap, demand, self._received)
+            self._asked = asyncio.get_running_loop().create_future()
+            try:
+                await asyncio.shield(self._asked)
+            except asyncio.CancelledError:
+                self._withdraw()
+                raise
+        messages, self._left = self._left[:demand], self._left[demand:]
+        return messages
 
-    def _received(
-        self, future: asyncio.Future[Any], messages: list[Message[Any]] | None, error: BaseException | None
-    ) -> None:
-        if messages:
-            self._held += len(messages)
-        if future.done():
-            self._left += messages or ()
-        else:
-            for_future(future)(messages, error)
+    def _received(self, messages: list[Message[Any]] | None, error: BaseException | None) -> None:
+        asked, self._asked = self._asked, None
+        self._left += messages or ()
+        self._held += len(messages or ())
+        if asked is not None:
+            for_future(asked)(None, error)
 
     def resize(self, window: int) -> None:
         """Change the window. 0 pauses: a waiting `receive` returns nothing."""

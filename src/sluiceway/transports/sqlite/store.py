@@ -252,16 +252,20 @@ class Store:
                 return self.db.changes() == 1
             case "park" if owner.ordered and settlement.message.key is not None:
                 return self._put_back(token, f"state = {PARKED}")
-            case "park" | "release":
+            case "park":
                 return self._put_back(token, f"state = {BACK}")
+            case "release":
+                return self._come_again(token, "", settlement.delay)
             case "retry":
                 failures = "failures + 1" if settlement.counted else "failures"
                 # Its handler came to an end, so whatever died with it in hand before, it was not this message's doing.
                 counts = f"deliveries = {failures}, failures = {failures}, suspicions = 0, "
-                if settlement.delay <= 0:
-                    return self._put_back(token, f"{counts}state = {BACK}")
-                due_at = time.time() + settlement.delay
-                return self._put_back(token, f"{counts}state = {RETRYING}, due_at = ?3", due_at)
+                return self._come_again(token, counts, settlement.delay)
+
+    def _come_again(self, token: tuple[int, int], counts: str, delay: float) -> bool:
+        if delay <= 0:
+            return self._put_back(token, f"{counts}state = {BACK}")
+        return self._put_back(token, f"{counts}state = {RETRYING}, due_at = ?3", time.time() + delay)
 
     def _put_back(self, token: tuple[int, int], change: str, *bindings: Any) -> bool:
         row = self.execute(
