@@ -143,8 +143,8 @@ CASES = [
     ),
     Case(
         (
-            Figure("memory, idle, asyncio's own loop: publish to settled, p50", "µs", "p50", "bound"),
-            Figure("memory, idle, asyncio's own loop: publish to settled, p99", "µs", "p99", "bound"),
+            Figure("memory, idle, asyncio's own loop: publish to settled, p50", "µs", "p50", "bound", 30.0, 1.0),
+            Figure("memory, idle, asyncio's own loop: publish to settled, p99", "µs", "p99", "bound", 120.0, 1.0),
         ),
         Job("bench.latency:memory", {"plain": True}),
     ),
