@@ -45,7 +45,8 @@ format: $(READY) ## let ruff tidy up
 bench: $(READY) ## measure against the floors; rows in bench/results/latest.json
 	$(BIN)/python -m bench $(ARGS)
 
-docs: $(READY) ## run every code block of README and docs
+docs: $(READY) ## run every code block of README and docs; write what is made from the code anew
+	$(BIN)/python -m scripts.events
 	$(BIN)/python -m pytest -m docs $(ARGS)
 
 wheel: $(READY) ## build the wheel into dist/

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from sluiceway import App, Batch, Message
+from sluiceway.message import Handler
 from sluiceway.transports.memory import MemoryTransport
 
 from .child import Job
@@ -14,6 +15,8 @@ from .pairs import Case, Figure
 from .watch import Watch
 
 COUNT = 300_000
+NAPS = 200_000  # messages, where each handler sleeps
+NAP = 0.010  # seconds
 WARM_UP = 0.1  # of the count, before the clock
 BODY = b"x" * 200
 
@@ -37,17 +40,34 @@ async def bare(scale: float) -> dict[str, float]:
     return {"rate": count / (perf_counter() - started)}
 
 
+async def step(message: Message[bytes], call_next: Handler) -> Any:
+    """The middleware that does nothing."""
+    return await call_next(message)
+
+
+async def sleeper(message: Message[bytes]) -> None:
+    await asyncio.sleep(NAP)
+
+
 async def pipeline(
-    scale: float, concurrency: int = 10, max_demand: int | None = None, batch: int = 0, publish: bool = False
+    scale: float,
+    concurrency: int = 10,
+    max_demand: int | None = None,
+    batch: int = 0,
+    publish: bool = False,
+    middleware: int = 0,
+    sleep: bool = False,
 ) -> dict[str, float]:
-    """A consumer over the memory transport, whose messages wait there; with `publish` they are published meanwhile."""
-    count = int(COUNT * scale)
+    """A consumer over the memory transport, whose messages wait there; with `publish` they are published meanwhile.
+
+    `middleware`: so many that do nothing round the handler. `sleep`: a handler that sleeps for `NAP` seconds.
+    """
+    count = int((NAPS if sleep else COUNT) * scale)
     transport = MemoryTransport()
     app = App(transport)
-
-    @app.consumer("t", concurrency=concurrency, max_demand=max_demand)
-    async def consume(message: Message[bytes]) -> None:
-        return
+    consume = app.consumer("t", concurrency=concurrency, max_demand=max_demand, middleware=[step] * middleware)(
+        sleeper if sleep else handle
+    )
 
     if batch:
 
@@ -69,6 +89,21 @@ async def pipeline(
             await asyncio.sleep(0)
         await watch.until(warm_up + (count // 1000 * 1000 if publish else count))
         return {"rate": count / (perf_counter() - started), "window": watch.largest_window}
+
+
+async def bare_tasks(scale: float, at_once: int = 1_000) -> dict[str, float]:
+    """So many tasks that each make a message and await the sleeping handler, again and again."""
+    count = int(NAPS * scale)
+
+    async def run(count: int) -> None:
+        for _ in range(count):
+            await sleeper(Message("t", BODY, "id"))
+
+    started = perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(at_once):
+            group.create_task(run(count // at_once))
+    return {"rate": count // at_once * at_once / (perf_counter() - started)}
 
 
 async def queue(scale: float, workers: int = 10) -> dict[str, float]:
@@ -127,9 +162,10 @@ def _row(name: str, given: dict[str, Any], *, least: float | None = None, tuned:
     return Case((figure,), Job(PIPELINE, given, tuned=tuned), Job(BARE, tuned=tuned))
 
 
-def _batched(*, least: float | None, tuned: bool) -> Case:
-    figure = Figure(f"memory, one batcher of 100, {TUNED if tuned else PLAIN}", least=least)
-    return Case((figure,), Job(PIPELINE, {"batch": 100}, tuned=tuned), Job(PIPELINE, tuned=tuned))
+def _against_first(name: str, given: dict[str, Any], *, least: float | None = None, tuned: bool = True) -> Case:
+    """A row whose limit is the first row's pipeline."""
+    figure = Figure(f"memory, {name}, {TUNED if tuned else PLAIN}", least=least)
+    return Case((figure,), Job(PIPELINE, given, tuned=tuned), Job(PIPELINE, tuned=tuned))
 
 
 def _other(name: str, call: str) -> Case:
@@ -137,13 +173,19 @@ def _other(name: str, call: str) -> Case:
 
 
 CASES = [
-    _row("async no-op", {}, least=0.18),
+    _row("async no-op", {}, least=0.24),
     _row("async no-op", {}, tuned=False),
-    _batched(least=0.7, tuned=True),
-    _batched(least=None, tuned=False),
+    _against_first("one batcher of 100", {"batch": 100}, least=0.75),
+    _against_first("one batcher of 100", {"batch": 100}, tuned=False),
+    _against_first("8 middleware", {"middleware": 8}, least=0.3),
+    _against_first("concurrency=1,000", {"concurrency": 1000}, least=0.6),
+    Case(
+        (Figure("memory, asyncio.sleep(0.010) in 1,000 processors", least=0.9),),
+        Job(PIPELINE, {"concurrency": 1000, "sleep": True}),
+        Job("bench.memory:bare_tasks"),
+    ),
     _row("publishing inside the clock", {"publish": True}),
     *(_row(f"max_demand={size}", {"max_demand": size}) for size in (20, 100, 1000)),
-    _row("concurrency=1,000", {"concurrency": 1000}),
     _other("asyncio.Queue, 10 workers", "bench.memory:queue"),
     _other("a task per message behind a semaphore of 10", "bench.memory:task_each"),
 ]

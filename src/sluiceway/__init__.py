@@ -1,6 +1,7 @@
 """Sluiceway runs message consumers: it pulls from a broker only as fast as the handlers can take, and loses nothing."""
 
 from ._runtime.supervisor import PipelineStats
+from .acknowledger import Acknowledger
 from .app import App
 from .consumer import Consumer, FunctionConsumer, consumer
 from .errors import (
@@ -23,10 +24,10 @@ from .errors import (
     TransportError,
     Unsupported,
 )
-from .gate import Gate, Pause
+from .gate import CircuitBreaker, Gate, Pause, RateLimit
 from .manager import ConsumerManager
 from .message import Batch, BatchInfo, Message, Outgoing, Split
-from .middleware import Middleware
+from .middleware import BatchMiddleware, Middleware
 from .options import Batching, ConsumerOptions
 from .pipeline import Pipeline
 from .retry import Retry
@@ -34,12 +35,15 @@ from .retry import Retry
 __version__ = "0.1.0"
 
 __all__ = [
+    "Acknowledger",
     "AlreadySettled",
     "App",
     "AppError",
     "Batch",
     "BatchInfo",
+    "BatchMiddleware",
     "Batching",
+    "CircuitBreaker",
     "ConnectError",
     "Consumer",
     "ConsumerManager",
@@ -60,6 +64,7 @@ __all__ = [
     "PipelineFailed",
     "PipelineStats",
     "PublishError",
+    "RateLimit",
     "Reject",
     "Release",
     "Retry",

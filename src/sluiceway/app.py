@@ -17,11 +17,12 @@ from .codec import encode
 from .consumer import ConsumerDecorator, ConsumerDef, consumer, definition
 from .errors import AppError, OptionError
 from .manager import ConsumerManager
-from .message import Outgoing, make_outgoing
-from .options import ConsumerOptions, check_group
+from .message import Outgoing, PublishHeaders, make_outgoing, with_headers
+from .middleware import BatchMiddleware, Middleware
+from .options import OPTIONS, ConsumerOptions, check_group
 from .pipeline import SHUTDOWN_TIMEOUT
 from .signatures import NO_CONTEXT
-from .telemetry import Telemetry
+from .telemetry import Published, Telemetry
 from .transport import Transport
 
 log = logging.getLogger("sluiceway")
@@ -53,6 +54,9 @@ class App:
     - `lifespan`: an async context manager function; what it yields is handed to every handler that takes a second
       argument. It is entered before the first message and left after the last settle.
     - `consumers`: consumers declared apart with `@consumer`.
+    - `middleware`, `batch_middleware`: go round those of every consumer.
+    - `publish_headers()`: is asked at each publish, the app's and a message's, and returns headers to add; those that
+      the publisher names win. It carries on a trace or a request id.
     - `shutdown_timeout`: seconds a drain may take before running handlers are cancelled.
     - `max_restarts` in `max_seconds`: how often a pipeline may crash before it is given up. `give_up`: `exit` drains
       the others and raises PipelineFailed; `continue` goes on without it.
@@ -67,6 +71,9 @@ class App:
         group: str = "default",
         lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
         consumers: Iterable[Any] = (),
+        middleware: Sequence[Middleware] = (),
+        batch_middleware: Sequence[BatchMiddleware] = (),
+        publish_headers: PublishHeaders | None = None,
         shutdown_timeout: float = SHUTDOWN_TIMEOUT,
         max_restarts: int = 3,
         max_seconds: float = 60.0,
@@ -80,8 +87,16 @@ class App:
         _check("give_up", give_up, give_up in ("exit", "continue"), "'exit' or 'continue'")
         what = "a function decorated with @contextlib.asynccontextmanager"
         _check("lifespan", lifespan, lifespan is None or _is_entered(lifespan), what)
+        for name, value in (("middleware", middleware), ("batch_middleware", batch_middleware)):
+            problem = OPTIONS[name].check(value)
+            _check(name, value, problem is None, problem or "")
+        what = "a function that takes nothing and returns headers"
+        _check("publish_headers", publish_headers, publish_headers is None or callable(publish_headers), what)
         self.url = broker if isinstance(broker, str) else None
         self.group = group
+        self.middleware = middleware
+        self.batch_middleware = batch_middleware
+        self.publish_headers = publish_headers
         self.lifespan = lifespan
         self.shutdown_timeout = shutdown_timeout
         self.max_restarts = max_restarts
@@ -150,10 +165,13 @@ class App:
         app is not connected; close with `aclose` or use `async with app:`. Raises PublishError, PayloadTooLarge and,
         for what is not allowed, OptionError.
         """
+        headers = with_headers(self.publish_headers, headers)
         outgoing = make_outgoing(topic, encode(payload), key=key, headers=headers, delay=delay)
         if self._connected is not asyncio.get_running_loop():
             await self.connect()
         await self.transport.publish((outgoing,))
+        if self.telemetry.wants(Published):
+            self.telemetry.emit(Published(consumer="", topic=topic, count=1))
         return outgoing.id
 
     async def publish_many(
@@ -170,6 +188,7 @@ class App:
         `key` makes the key of each payload. Either all is published or PublishError says what is not (`.failed`).
         Raises OptionError for what is not allowed, and then publishes nothing.
         """
+        headers = with_headers(self.publish_headers, headers)
         kept = make_outgoing(topic, b"", headers=headers, delay=delay).headers
         if key is None:
             outgoing = [Outgoing(topic, encode(payload), headers=kept, delay=delay) for payload in payloads]
@@ -179,6 +198,8 @@ class App:
                 for payload in payloads
             ]
         await self._publish(outgoing)
+        if outgoing and self.telemetry.wants(Published):
+            self.telemetry.emit(Published(consumer="", topic=topic, count=len(outgoing)))
         return [one.id for one in outgoing]
 
     def publish_sync(self, topic: str, payload: Any, **options: Any) -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,10 +14,11 @@ from .errors import DecodeError, OptionError, PayloadTooLarge
 
 Decode = Callable[[bytes], Any]
 Encode = Callable[[Any], bytes]
+Format = Literal["json", "msgpack"]
 
 
-def make_decoder(payload_type: Any) -> Decode | None:
-    """What turns a body into `payload_type`; None when the body itself is wanted.
+def make_decoder(payload_type: Any, format: Format = "json") -> Decode | None:
+    """What turns a body in `format` into `payload_type`; None when the body itself is wanted.
 
     The result raises DecodeError that says what was expected. Raises OptionError when no decoder can be made for the
     type.
@@ -26,14 +27,18 @@ def make_decoder(payload_type: Any) -> Decode | None:
         return None
     name = payload_type.__name__ if isinstance(payload_type, type) else str(payload_type)
     if _is_pydantic(payload_type):
-        decode: Decode = payload_type.model_validate_json
+        decode: Decode = payload_type.model_validate_json if format == "json" else _pydantic_from_msgpack(payload_type)
         wrong: type[Exception] = ValueError
     else:
         try:
             _check_type(payload_type)
-            decode = msgspec.json.Decoder(payload_type, dec_hook=_from_json).decode
+            if format == "json":
+                decode = msgspec.json.Decoder(payload_type, dec_hook=_from_json).decode
+            else:
+                decode = msgspec.msgpack.Decoder(payload_type, dec_hook=_from_builtins).decode
         except TypeError as error:
-            raise OptionError(f"payload type {name} cannot be decoded from JSON: {error}") from error
+            what = "JSON" if format == "json" else "MessagePack"
+            raise OptionError(f"payload type {name} cannot be decoded from {what}: {error}") from error
         wrong = msgspec.DecodeError
 
     def checked(body: bytes) -> Any:
@@ -112,6 +117,15 @@ def _from_json(kind: type, value: Any) -> Any:
     if _is_pydantic(kind):
         return kind.model_validate_json(_encoder.encode(value))  # type: ignore[attr-defined]
     return value
+
+
+def _from_builtins(kind: type, value: Any) -> Any:
+    """The same for a body that is not JSON."""
+    return kind.model_validate(value) if _is_pydantic(kind) else value  # type: ignore[attr-defined]
+
+
+def _pydantic_from_msgpack(model: Any) -> Decode:
+    return lambda body: model.model_validate(msgspec.msgpack.decode(body))
 
 
 def _to_json(value: Any) -> Any:

@@ -44,6 +44,17 @@ class Consumer(Generic[T]):
         """Handle one batch. What it raises fails the whole batch; `batch[i].fail(error)` fails one message."""
         raise NotImplementedError
 
+    def prepare(self, messages: Sequence[Message[T]]) -> Awaitable[None] | None:
+        """See all messages of one receive before their handlers run: to load at once what each of them needs.
+
+        Their payloads are decoded (unless a middleware decodes), and what cannot be decoded has failed already and is
+        not here. What it loads for a message it may leave in `message.value`, where the handler finds it. It returns
+        nothing: all messages go on. After `message.fail(...)` a message's handler does not run. When `prepare` raises or
+        runs over the consumer's `timeout`, all its messages fail as if their handlers had. One call at a time, in order;
+        the next receive waits for it. A plain `def` runs on a thread.
+        """
+        return None
+
     def handle_error(self, message: Message[T], error: BaseException) -> Awaitable[ErrorChoice] | ErrorChoice:
         """Say how a failed message ends: "ack", Reject, RetryLater or Release; None: as the retry policy says."""
         return None
@@ -59,6 +70,7 @@ class Consumer(Generic[T]):
 _METHODS = {
     "handle": ("message",),
     "handle_batch": ("batch",),
+    "prepare": ("messages",),
     "handle_error": ("message", "error"),
     "handle_failed": ("messages",),
 }
@@ -132,6 +144,7 @@ class Bound(Struct, frozen=True):
     batchers: Mapping[str, tuple[Callable[[Batch[Any]], Any], Batching]]
     on_error: Callable[[Message[Any], BaseException], Any] | None
     on_failed: Callable[[Sequence[Message[Any]]], Any] | None
+    prepare: Callable[[Sequence[Message[Any]]], Any] | None = None
 
 
 class FunctionConsumer(ConsumerDef, Generic[T, R]):
@@ -144,6 +157,7 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
         self.payload_type = given.get("payload") or payload_type(self.name, function)
         self._on_error: Callable[..., Any] | None = None
         self._on_failed: Callable[..., Any] | None = None
+        self._prepare: Callable[..., Any] | None = None
         self.__doc__ = function.__doc__
         for name in self.value("batchers"):
             raise OptionError(f"{self.name}: declare batcher {name!r} with @{self.name}.batch({name!r}, ...)")
@@ -192,6 +206,12 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
 
         return declare
 
+    def prepare(self, function: HookF) -> HookF:
+        """Declare `prepare(messages)` or `prepare(messages, context)`; see Consumer.prepare."""
+        check_call(self.name, function, "prepare takes (messages) or (messages, context)", 1, 2)
+        self._prepare = function
+        return function
+
     def handle_error(self, function: HookF) -> HookF:
         """Declare `handle_error(message, error)`; see Consumer.handle_error."""
         check_call(self.name, function, "handle_error takes (message, error)", 2)
@@ -214,6 +234,7 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
             batchers=batchers,
             on_error=self._on_error,
             on_failed=self._on_failed,
+            prepare=None if self._prepare is None else with_context(self._prepare, context),
         )
 
 
@@ -250,6 +271,7 @@ class ClassConsumer(ConsumerDef):
             batchers={name: (consumer.handle_batch, sizes[name]) for name in self.batchers},
             on_error=consumer.handle_error if self.kind.handle_error is not Consumer.handle_error else None,
             on_failed=consumer.handle_failed if self.kind.handle_failed is not Consumer.handle_failed else None,
+            prepare=consumer.prepare if self.kind.prepare is not Consumer.prepare else None,
         )
 
 

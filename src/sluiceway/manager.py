@@ -16,10 +16,14 @@ from ._runtime.supervisor import PipelineStats, Supervisor
 from .consumer import ConsumerDef
 from .errors import AppError, PipelineFailed
 from .gate import Pause
+from .message import PublishHeaders
+from .middleware import BatchMiddleware, Middleware
 from .options import unknown
-from .pipeline import make_spec, make_subscription
-from .source import Backlog, Source
+from .pipeline import make_spec, make_subscription, topology_of
+from .remote import Lifespan
+from .source import Backlog, Source, SourceInfo
 from .telemetry import Telemetry
+from .topology import Topology
 from .transport import Transport
 
 log = logging.getLogger("sluiceway")
@@ -44,6 +48,10 @@ class Managed(Protocol):
     max_restarts: int
     max_seconds: float
     give_up: Literal["exit", "continue"]
+    middleware: Sequence[Middleware]
+    batch_middleware: Sequence[BatchMiddleware]
+    publish_headers: PublishHeaders | None
+    lifespan: Lifespan | None
 
 
 class ConsumerManager:
@@ -72,11 +80,7 @@ class ConsumerManager:
             if name not in self._running:
                 await self._launch(name)
             running = self._running[name]
-        opened = asyncio.create_task(running.supervisor.started.wait())
-        await asyncio.wait((opened, running.task), return_when=asyncio.FIRST_COMPLETED)
-        opened.cancel()
-        if running.task.done() and not running.supervisor.started.is_set():
-            running.task.result()
+        await running.supervisor.opened(running.task)
 
     async def _launch(self, name: str) -> None:
         definition = self._app.consumers[name]
@@ -84,9 +88,20 @@ class ConsumerManager:
         transport = self._app.transport
         bound = definition.bind(self._context)
         gates = (self._pauses[name],)
-        spec = make_spec(definition, bound, group=group, features=transport.features, gates=gates)
+        spec = make_spec(
+            definition,
+            bound,
+            group=group,
+            features=transport.features,
+            gates=gates,
+            middleware=self._app.middleware,
+            batch_middleware=self._app.batch_middleware,
+            publish_headers=self._app.publish_headers,
+            stats=lambda: self._stats(name),
+            lifespan=self._app.lifespan,
+        )
 
-        async def open_source() -> Source:
+        async def open_source(info: SourceInfo) -> Source:
             return await transport.subscribe(subscription)
 
         rule = RestartRule(self._app.max_restarts, self._app.max_seconds)
@@ -103,7 +118,10 @@ class ConsumerManager:
         task.add_done_callback(lambda ended: self._on_ended(name, ended))
 
     async def stop(self, name: str) -> Drained | None:
-        """Drain a consumer and stop it; returns how the drain went, None when it did not run. Idempotent."""
+        """Drain a consumer and stop it; it has ended on return. Idempotent.
+
+        Returns how the drain went; None when it did not run.
+        """
         self._check(name)
         running = self._running.get(name)
         if running is None:
@@ -127,9 +145,33 @@ class ConsumerManager:
         self._check_known(name)
         self._pauses[name].open()
 
+    def flush(self, name: str) -> None:
+        """Emit a consumer's forming batches now, full or not. Does nothing when it does not run."""
+        self._check_known(name)
+        if name in self._running:
+            self._running[name].supervisor.flush()
+
     def stats(self) -> list[PipelineStats]:
         """Every consumer of the app at this moment, in the order of declaration."""
         return [self._stats(name) for name in self._app.consumers]
+
+    def topology(self) -> list[Topology]:
+        """The stages of every consumer of the app, whether it runs or not, in the order of declaration."""
+        return [
+            topology_of(definition, definition.value("group") or self._app.group)
+            for definition in self._app.consumers.values()
+        ]
+
+    def all_running(self) -> list[str]:
+        """The names of the consumers that run, in the order of declaration.
+
+        One runs from when its source is open until it has drained; also while a crash of it is mended.
+        """
+        return [name for name in self._app.consumers if self._runs(name)]
+
+    def _runs(self, name: str) -> bool:
+        running = self._running.get(name)
+        return running is not None and running.supervisor.started.is_set() and not running.task.done()
 
     def drained(self) -> dict[str, Drained]:
         """How the drain of each consumer went that has stopped."""
@@ -192,8 +234,10 @@ class ConsumerManager:
                 await self.start(name)
             yield
         finally:
-            await self._stop_all()
-            self._active = self._stopping = False
+            try:
+                await self._stop_all()
+            finally:  # also when it is cancelled a second time: the app can run again
+                self._active = self._stopping = False
         if self._failure is not None:
             raise self._failure
 
@@ -236,8 +280,9 @@ class ConsumerManager:
             running.supervisor.stop()
 
     def _stats(self, name: str) -> PipelineStats:
-        if name in self._running:
-            return self._running[name].supervisor.stats()
+        running = self._running.get(name)  # in one step: a thread that scrapes metrics may ask
+        if running is not None:
+            return running.supervisor.stats()
         if name in self._ended:
             return self._ended[name]
         definition = self._app.consumers[name]

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from .errors import AlreadySettled, ForeignMessage, MessageFailed, OptionError
+from .retry import Retry
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,8 +28,10 @@ Scope = Hashable
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 DEFAULT_BATCHER = "default"
 
-Trigger = Literal["size", "split", "timeout", "flush", "drain", "revoke", "starved"]
+Trigger = Literal["size", "split", "timeout", "flush", "order", "drain", "revoke", "starved"]
 Outcome = Literal["ack", "retry", "dead_letter", "release", "park"]
+OnSuccess = Literal["ack", "dead_letter", "release"]
+OnFailure = Literal["retry", "dead_letter", "drop", "release"]
 
 
 class State(enum.IntEnum):
@@ -139,6 +142,18 @@ def _is_text(value: object, errors: str = "strict") -> bool:
         return False
 
 
+PublishHeaders = Callable[[], Mapping[str, str]]
+"""Makes headers for a message that is being published here and now, such as those that carry a trace on."""
+
+
+def with_headers(more: PublishHeaders | None, headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """`headers` and those of `more()` that they do not name."""
+    if more is None:
+        return headers
+    given: Any = headers or {}
+    return {**more(), **given} if isinstance(given, Mapping) else given  # make_outgoing refuses what is no mapping
+
+
 class Routing(NamedTuple):
     """Which batch a message goes to, and whether that is emitted at once."""
 
@@ -147,11 +162,20 @@ class Routing(NamedTuple):
     flush: bool = False
 
 
+class Ending(NamedTuple):
+    """What `message.configure` said of how its message ends."""
+
+    on_success: OnSuccess = "ack"
+    on_failure: OnFailure | None = None
+    retry: Retry | None = None
+
+
 class Settler(Protocol):
     """What a running message can ask of its pipeline."""
 
-    async def settle_now(self, message: Message[Any]) -> None: ...
+    async def settle_now(self, messages: Sequence[Message[Any]]) -> None: ...
     def encode(self, payload: Any) -> bytes: ...
+    def with_headers(self, headers: Mapping[str, str] | None) -> Mapping[str, str] | None: ...
     def check_batcher(self, name: str) -> None: ...
 
 
@@ -164,7 +188,7 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
     - `id`: stable over retries and redeliveries; ours, never the broker's key.
     - `timestamp`: when it was published, seconds since 1970.
     - `attempt`: 1 for the first; 1 + failures + suspicions, both kept by the broker.
-    - `value`: what the handler returned; what its batch receives.
+    - `value`: what the handler returned; what its batch receives. Before that, what `prepare` left here for the handler.
     - `deliveries`: how often the broker handed it over, without releases; evidence, not the count of attempts.
     """
 
@@ -187,6 +211,7 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
     state: int = QUEUED
     outputs: list[Outgoing] | None = None
     settler: Settler | None = None
+    ending: Ending | None = None  # None: as the consumer's options say
 
     @property
     def attempt(self) -> int:
@@ -201,7 +226,8 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
     def to(self, batcher: str = DEFAULT_BATCHER, *, key: Hashable = None, flush: bool = False) -> None:
         """Send the message to `batcher` once its handler returns.
 
-        Messages of one `key` share batches; with `flush` the batch is emitted at once, with all that is in it.
+        Messages of one `key` share batches; with `flush` the batch is emitted at once, with all that is in it: every
+        message of the key whose handler returned before. Those still being handled go to the next batch.
         Raises RoutingError, here and now, when there is no such batcher, and TypeError for a key without a hash.
         A later call replaces an earlier one.
         """
@@ -222,6 +248,41 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
             error = error()  # as `raise` does
         self.error = error if isinstance(error, BaseException) else MessageFailed(error)
 
+    def configure(
+        self,
+        *,
+        on_success: OnSuccess = "ack",
+        on_failure: OnFailure | None = None,
+        retry: Retry | None = None,
+    ) -> None:
+        """Change how this delivery ends; call it in the handler, in `prepare`, or in the batch handler.
+
+        `on_success`: "ack"; "dead_letter", where the message goes though it succeeded; or "release", which hands it
+        back untouched. What it published goes out with an ack only.
+
+        `on_failure`: "dead_letter" at this failure, whatever attempts are left; "drop", which loses the message with an
+        error in the log; "retry", also when the attempts are used up; "release", which hands it back and counts
+        nothing. None: as the consumer's options say. `retry` takes the place of the consumer's for this failure. Reject,
+        RetryLater, Release and what `handle_error` answers come before all these.
+
+        A later call replaces an earlier one. A delivery that comes again knows nothing of it. Raises OptionError, here
+        and now, for a value that is not allowed, and AlreadySettled when the message was settled.
+        """
+        for name, value, allowed in (
+            ("on_success", on_success, ("ack", "dead_letter", "release")),
+            ("on_failure", on_failure, (None, "retry", "dead_letter", "drop", "release")),
+        ):
+            if not (value is None or isinstance(value, str)) or value not in allowed:
+                listed = ", ".join(map(repr, allowed))
+                raise OptionError(f"message.configure: {name} must be one of {listed}; got {value!r}")
+        if not (retry is None or isinstance(retry, Retry)):
+            raise OptionError(f"message.configure: retry must be a Retry(...) or None; got {retry!r}")
+        if self.state >= SETTLED:
+            raise AlreadySettled(f"message {self.id} of {self.topic!r} is settled already; configure it before")
+        self.ending = Ending(on_success, on_failure, retry)
+        if self.outputs is None:
+            self.outputs = []  # not None sends a success the long way, which looks at `ending`
+
     def publish(
         self,
         topic: str,
@@ -241,7 +302,7 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
         if self.state >= SETTLED:
             raise AlreadySettled(f"message {self.id} of {self.topic!r} is settled already; use app.publish")
         body = self.settler.encode(payload)
-        outgoing = make_outgoing(topic, body, key=key, headers=headers, delay=delay)
+        outgoing = make_outgoing(topic, body, key=key, headers=self.settler.with_headers(headers), delay=delay)
         self.outputs = [*(self.outputs or ()), outgoing]
 
     async def ack(self) -> None:
@@ -253,7 +314,7 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
             raise AlreadySettled(f"message {self.id} of {self.topic!r} is not in a running pipeline; nothing to settle")
         if self.state >= SETTLED:
             raise AlreadySettled(f"message {self.id} of {self.topic!r} is settled already")
-        await self.settler.settle_now(self)
+        await self.settler.settle_now((self,))
 
 
 class Split(Struct, Generic[T], frozen=True):
@@ -285,7 +346,10 @@ class Split(Struct, Generic[T], frozen=True):
 
 
 class BatchInfo(Struct, frozen=True):
-    """Why and where a batch was emitted. `trigger`: size, split, timeout, flush, drain, revoke or starved."""
+    """Why and where a batch was emitted. `trigger`: size, split, timeout, flush, order, drain, revoke or starved.
+
+    `order`: a later message of a key that is in this batch went to another one, which must run after it.
+    """
 
     batcher: str
     key: Hashable
@@ -334,6 +398,24 @@ class Batch(Sequence[Message[Any]], Generic[R]):
         if not any(message is own for own in self._messages):
             raise ForeignMessage(f"message {message.id} of {message.topic!r} is not of this batch of {len(self)}")
         message.fail(error)
+
+    async def ack(self, messages: Sequence[Message[Any]] | None = None) -> None:
+        """Settle messages of this batch as successes now, in one call; None: all that were not failed or settled.
+
+        Returns when the broker has taken them; what the batch handler does later no longer counts for them. Raises
+        ForeignMessage and AlreadySettled, before anything is settled, when one is not of this batch or was settled; and
+        LeaseLost, when all have ended, if another consumer has one of them.
+        """
+        if messages is None:
+            messages = [one for one in self._messages if one.state < SETTLED and one.error is None]
+        own = set(self._messages)
+        for one in messages:
+            if one not in own:
+                raise ForeignMessage(f"message {one.id} of {one.topic!r} is not of this batch of {len(self)}")
+            if one.state >= SETTLED or one.settler is None:
+                raise AlreadySettled(f"message {one.id} of {one.topic!r} is settled already")
+        if messages and (settler := messages[0].settler) is not None:
+            await settler.settle_now(tuple(dict.fromkeys(messages)))
 
     def __repr__(self) -> str:
         return f"<Batch of {len(self)} for {self.info.batcher!r}, key {self.info.key!r}, by {self.info.trigger}>"
@@ -395,3 +477,6 @@ class Stored(Struct, eq=False):
 
 Handler = Callable[[Message[Any]], Awaitable[Any]]
 """What a processor runs for one message: middleware and the user's handler, composed."""
+
+BatchHandler = Callable[[Batch[Any]], Awaitable[Any]]
+"""What a batch processor runs for one batch: batch middleware and the user's batch handler, composed."""

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -14,10 +16,11 @@ import msgspec
 from msgspec import Struct
 
 from ._decisions.topics import check_topic
+from .acknowledger import Acknowledger
 from .errors import OptionError
 from .gate import Gate
 from .message import Split
-from .middleware import Middleware
+from .middleware import BatchMiddleware, Middleware
 from .retry import Retry
 from .source import OrderBy, Start
 
@@ -52,6 +55,7 @@ class ConsumerOptions(TypedDict, total=False):
     name: str
     group: str
     concurrency: int
+    executor: Literal["auto", "process"]
     batch_size: int
     batch_timeout: float
     batchers: Mapping[str, Batching]
@@ -60,9 +64,12 @@ class ConsumerOptions(TypedDict, total=False):
     exhausted: Literal["dead_letter", "drop", "retry"]
     timeout: float | None
     middleware: Sequence[Middleware]
+    batch_middleware: Sequence[BatchMiddleware]
+    acknowledgers: Sequence[Acknowledger]
     gates: Sequence[Gate]
     order_by: OrderBy | None
     start: Start
+    sources: int
     max_demand: int | None
     max_buffer_bytes: int
     max_payload: int | None
@@ -131,9 +138,30 @@ def _instance(kind: type, what: str) -> Callable[[Any], str | None]:
     return lambda value: None if isinstance(value, kind) else what
 
 
-def _callables(value: Any) -> str | None:
-    good = isinstance(value, Sequence) and not isinstance(value, str) and all(map(callable, value))
-    return None if good else "a sequence of functions (message, call_next)"
+def _middlewares(of: str) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        good = isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_middleware, value))
+        return None if good else f"a sequence of functions ({of}, call_next)"
+
+    return check
+
+
+def _is_middleware(value: Any) -> bool:
+    """Whether it can be called with what is handled and the next step, or makes something that can."""
+    if isinstance(value, type) or inspect.isgeneratorfunction(value) or inspect.isasyncgenfunction(value):
+        return False
+    if callable(getattr(value, "for_consumer", None)):
+        return True
+    try:
+        inspect.signature(value).bind("subject", "call_next")
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _acknowledgers(value: Any) -> str | None:
+    good = isinstance(value, Sequence) and all(isinstance(one, Acknowledger) for one in value)
+    return None if good and not isinstance(value, str) else "a sequence of objects of Acknowledger classes"
 
 
 def _gates(value: Any) -> str | None:
@@ -183,7 +211,18 @@ OPTIONS: dict[str, Option] = {
         str,
     ),
     "concurrency": Option(
-        10, "How many messages are handled at once: tasks, or threads for a plain `def`.", _count, int
+        10,
+        "How many messages are handled at once: tasks, or threads for a plain `def`. With `executor=\"process\"` the "
+        "number of worker processes, one per CPU unless given.",
+        _count,
+        int,
+    ),
+    "executor": Option(
+        "auto",
+        "Where handlers run: `auto`, an `async def` in the loop and a plain `def` on threads; `process`, both in worker "
+        "processes, one message at a time in each: for handlers that keep a CPU busy.",
+        _one_of("auto", "process"),
+        str,
     ),
     "batch_size": Option(100, "Messages in a batch of the default batcher.", _count, int),
     "batch_timeout": Option(
@@ -206,8 +245,10 @@ OPTIONS: dict[str, Option] = {
     "timeout": Option(
         None, "Seconds that a handler or batch handler may run; None: for ever.", _optional(_seconds), float
     ),
-    "middleware": Option((), "Functions round the handler, the first outermost.", _callables),
-    "gates": Option((), "What limits demand from outside.", _gates),
+    "middleware": Option((), "Functions round the handler, the first outermost.", _middlewares("message")),
+    "batch_middleware": Option((), "Functions round every batch handler, the first outermost.", _middlewares("batch")),
+    "acknowledgers": Option((), "What is told of every settle, before and after the broker has it.", _acknowledgers),
+    "gates": Option((), "What limits demand from outside: a `RateLimit`, a `CircuitBreaker`, a `Pause`.", _gates),
     "order_by": Option(
         None,
         "`key`: messages of one key are handled one at a time, in order, also over retries.",
@@ -221,9 +262,16 @@ OPTIONS: dict[str, Option] = {
         _start,
         _parse_start,
     ),
+    "sources": Option(
+        1,
+        "How many sources receive side by side for one pipeline, each a subscription of its own; more than 1 where one "
+        "connection is the limit.",
+        _count,
+        int,
+    ),
     "max_demand": Option(
         None,
-        "The window: the most messages held unsettled; None: it follows the measured rate, up to 1,000.",
+        "The window: the most messages held unsettled; None: it follows the measured rate, up to 1,000 or more.",
         _optional(_count),
         int,
     ),
@@ -250,7 +298,14 @@ def resolve(consumer: str, given: Mapping[str, Any], overrides: Mapping[str, str
         result[name] = Resolved(_checked(consumer, name, value), "consumer")
     for name, text in (overrides or {}).items():
         result[name] = Resolved(_checked(consumer, name, _parsed(consumer, name, text)), "command line")
+    if result["executor"].value == "process" and result["concurrency"].origin == "default":
+        result["concurrency"] = Resolved(_cpus(), "default")
     return result
+
+
+def _cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def unknown(consumer: str, name: str, known: Iterable[str], kind: str = "option") -> OptionError:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Unpack
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Self, Unpack
+
+from msgspec.structs import replace
 
 from ._decisions.backoff import RestartRule
 from ._decisions.policy import FailureRules
-from ._runtime.spec import BatcherSpec, PipelineSpec
+from ._runtime.flow import uncancelled
+from ._runtime.spec import BatcherSpec, PipelineSpec, RemoteHandler
 from ._runtime.supervisor import PipelineStats, Supervisor
 from ._runtime.thread_calls import ThreadCalls
-from .codec import Decode, encode, make_decoder, make_encoder
+from .codec import Decode, Format, encode, make_decoder, make_encoder
 from .consumer import Bound, ConsumerDef, FunctionConsumer
-from .errors import OptionError, Unsupported
-from .gate import Gate
-from .message import Batch, Message
-from .middleware import compose
+from .errors import AppError, OptionError, Unsupported
+from .gate import Gate, Watcher
+from .message import Batch, BatchHandler, Message, PublishHeaders
+from .middleware import BatchMiddleware, ConsumerInfo, Middleware, compose, decodes, made_for
 from .options import Batching, ConsumerOptions
-from .signatures import NO_CONTEXT, is_async
-from .source import OnRevoke, Source, Subscription
+from .remote import Lifespan, remote_handler
+from .signatures import NO_CONTEXT, check_call, is_async
+from .source import OnRevoke, Source, SourceInfo, Subscription
 from .telemetry import Telemetry
+from .topology import BatcherStage, Stage, Topology
 from .transport import Features
 
 AUTOMATIC_CEILING = 1_000  # messages; more brings no speed (measured: 100: 1.05 M/s, 1,000: 1.6-2.2 M/s)
@@ -32,11 +40,15 @@ def window_floor(concurrency: int, batchings: Mapping[str, Batching]) -> int:
 
 
 def window_bounds(definition: ConsumerDef, batchings: Mapping[str, Batching]) -> tuple[int, int]:
-    """Floor and ceiling of a consumer's window; equal when `max_demand` pins it. Raises OptionError."""
+    """Floor and ceiling of a consumer's window; equal when `max_demand` pins it. Raises OptionError.
+
+    The ceiling leaves room for one waiting message per processor: without one, a thousand processors each wait for a
+    turn of the loop after every message (a tenth of what they do, with handlers of 10 ms).
+    """
     floor = window_floor(definition.value("concurrency"), batchings)
     pinned = definition.value("max_demand")
     if pinned is None:
-        return floor, max(floor, AUTOMATIC_CEILING)
+        return floor, max(floor + definition.value("concurrency"), AUTOMATIC_CEILING)
     if pinned < floor:
         raise OptionError(
             f"{definition.name}: max_demand must be at least {floor} (concurrency + size x (concurrency + 1) of each "
@@ -46,12 +58,27 @@ def window_bounds(definition: ConsumerDef, batchings: Mapping[str, Batching]) ->
 
 
 def make_spec(
-    definition: ConsumerDef, bound: Bound, *, group: str, features: Features | None = None, gates: Sequence[Gate] = ()
+    definition: ConsumerDef,
+    bound: Bound,
+    *,
+    group: str,
+    features: Features | None = None,
+    gates: Sequence[Gate] = (),
+    middleware: Sequence[Middleware] = (),
+    batch_middleware: Sequence[BatchMiddleware] = (),
+    publish_headers: PublishHeaders | None = None,
+    stats: Callable[[], PipelineStats | None] = lambda: None,
+    lifespan: Lifespan | None = None,
 ) -> PipelineSpec:
-    """Everything the runtime needs to know of a consumer. Raises OptionError or Unsupported, before any message."""
+    """Everything the runtime needs to know of a consumer. Raises OptionError or Unsupported, before any message.
+
+    Worker processes enter `lifespan`, the app's.
+    The app's `middleware` and `batch_middleware` go round the consumer's own, and what gates watch with round both.
+    """
     value = definition.value
     batchings = {name: batching for name, (_, batching) in bound.batchers.items()}
-    idle = next((one for one in ("batch_size", "batch_timeout") if one in definition.given and not batchings), None)
+    of_batches = ("batch_size", "batch_timeout", "batch_middleware")
+    idle = next((one for one in of_batches if one in definition.given and not batchings), None)
     if idle is not None:
         raise OptionError(
             f"{definition.name}: {idle} has no effect without a batch handler: declare one or leave it out"
@@ -59,23 +86,34 @@ def make_spec(
     floor, ceiling = window_bounds(definition, batchings)
     if features is not None:
         check_features(definition, features)
-    middleware = value("middleware")
+    info = _info(definition, bound, group, stats)
+    gates = tuple({id(gate): gate for gate in (*gates, *value("gates"))}.values())  # each once
+    watches = tuple(gate.watch(batched=bool(batchings)) for gate in gates if isinstance(gate, Watcher))
+    middleware = (*(one.message for one in watches), *middleware, *value("middleware"))
+    batch_middleware = (*(one.batch for one in watches), *batch_middleware, *value("batch_middleware"))
     threads: list[ThreadCalls] = []
 
     def on_threads(function: Callable[[Any], Any], count: int) -> ThreadCalls:
         threads.append(ThreadCalls(function, count))
         return threads[-1]
 
+    def batch_handler(name: str, function: Callable[[Batch[Any]], Any], count: int) -> BatchHandler:
+        handle: BatchHandler = function if is_async(function) else on_threads(function, count)
+        return compose(made_for(replace(info, batcher=name), batch_middleware), handle)
+
     handle: Any = bound.handle
-    if middleware:
-        handle = compose(middleware, handle if bound.is_async else on_threads(handle, value("concurrency")))
+    remote = _remote(definition, bound, features, lifespan, decodes(middleware))
+    if middleware and remote is None:
+        inner = handle if bound.is_async else on_threads(handle, value("concurrency"))
+        handle = compose(made_for(info, middleware), inner)
+    prepare = bound.prepare if bound.prepare is None or is_async(bound.prepare) else on_threads(bound.prepare, 1)
     return PipelineSpec(
         name=definition.name,
         topics=definition.topics,
         group=group,
-        mode="async" if bound.is_async or middleware else "thread",
+        mode="process" if remote is not None else "async" if bound.is_async or middleware else "thread",
         handle=handle,
-        decode=_decoder(definition.name, bound.payload_type),
+        decode=None if decodes(middleware) else _decoder(definition.name, bound.payload_type),
         encode=encode if features is None else make_encoder(features.max_payload),
         rules=FailureRules(
             consumer=definition.name,
@@ -87,7 +125,7 @@ def make_spec(
         batchers={
             name: BatcherSpec(
                 name=name,
-                handle=function if is_async(function) else on_threads(function, batching.concurrency),
+                handle=batch_handler(name, function, batching.concurrency),
                 size=batching.size,
                 timeout=batching.timeout,
                 key=batching.key,
@@ -104,16 +142,59 @@ def make_spec(
         max_bytes=value("max_buffer_bytes"),
         max_payload=value("max_payload"),
         ordered=value("order_by") is not None,
-        gates=(*gates, *value("gates")),
+        gates=gates,
+        watches=watches,
         on_error=bound.on_error,
         on_failed=bound.on_failed,
+        prepare=prepare,
+        acknowledgers=tuple(value("acknowledgers")),
+        publish_headers=publish_headers,
+        topology=topology_of(definition, group),
+        sources=value("sources"),
+        options={name: one.value for name, one in definition.options.items()},
+        remote=remote,
+        around=(lambda inner: compose(made_for(info, middleware), inner)) if middleware else None,
         threads=tuple(threads),  # evaluated last: the batchers above have added theirs
     )
 
 
-def _decoder(name: str, payload_type: Any) -> Decode | None:
+def _remote(
+    definition: ConsumerDef,
+    bound: Bound,
+    features: Features | None,
+    lifespan: Lifespan | None,
+    decoded_by_middleware: bool,
+) -> RemoteHandler | None:
+    """What worker processes are given with `executor="process"`. Raises OptionError."""
+    if definition.value("executor") != "process":
+        return None
+    stays = "prepare" if bound.prepare is not None else "a middleware that decodes" if decoded_by_middleware else None
+    if stays is not None:
+        raise OptionError(
+            f"{definition.name}: executor='process' and {stays} exclude each other: what that leaves in a message does "
+            "not reach the worker processes; do it in the handler"
+        )
+    max_payload = None if features is None else features.max_payload
+    return remote_handler(definition, lifespan=lifespan, max_payload=max_payload, is_async=bound.is_async)
+
+
+def _info(
+    definition: ConsumerDef, bound: Bound, group: str, stats: Callable[[], PipelineStats | None]
+) -> ConsumerInfo:
+    return ConsumerInfo(
+        name=definition.name,
+        group=group,
+        batchers=tuple(bound.batchers),
+        is_async=bound.is_async,
+        payload_type=bound.payload_type,
+        decoder=lambda format: _decoder(definition.name, bound.payload_type, format) or bytes,
+        stats=stats,
+    )
+
+
+def _decoder(name: str, payload_type: Any, format: Format = "json") -> Decode | None:
     try:
-        return make_decoder(payload_type)
+        return make_decoder(payload_type, format)
     except OptionError as error:
         raise OptionError(f"{name}: {error}") from error
 
@@ -131,11 +212,38 @@ def make_subscription(definition: ConsumerDef, spec: PipelineSpec, on_revoke: On
     )
 
 
+def topology_of(definition: ConsumerDef, group: str) -> Topology:
+    """The stages that a consumer has or would have."""
+    name = definition.name
+    return Topology(
+        pipeline=name,
+        topics=definition.topics,
+        group=group,
+        sources=Stage(name=f"{name}: source", concurrency=definition.value("sources")),
+        processors=Stage(name=f"{name}: processor", concurrency=definition.value("concurrency")),
+        batchers=tuple(
+            BatcherStage(
+                batcher=batcher,
+                batch_processors=Stage(name=f"{name}: batcher {batcher}", concurrency=batching.concurrency),
+            )
+            for batcher, batching in definition.batchings().items()
+        ),
+    )
+
+
 class Pipeline:
     """A pipeline over any source: a file, an HTTP feed, a broker of your own.
 
-    `open_source` is awaited for a new source at each start. `options` are a consumer's. The handler gets each message;
-    `batch` is the default batcher's handler.
+    `open_source` is awaited for a new source at each start, and for each of `sources`; it takes nothing, or the
+    SourceInfo that says which one. `options` are a consumer's. The handler gets each message; `batch` is the default
+    batcher's handler; `prepare` sees all messages of a receive before their handlers run.
+
+    With `transform` a source may return anything: `transform(event)` makes a Message of each event. Its `token` is the
+    event unless `transform` sets one, so that the source finds its own in what it is told to settle. An event that is
+    a Message is changed in place and returned. What `transform` raises fails that event alone: it is dead-lettered with
+    the reason, as what cannot be decoded is, and the others flow.
+
+    Raises OptionError for what is not allowed.
 
         pipeline = Pipeline(open_feed, handle, concurrency=20)
         async with asyncio.TaskGroup() as tasks:
@@ -146,37 +254,85 @@ class Pipeline:
 
     def __init__(
         self,
-        open_source: Callable[[], Awaitable[Source]],
+        open_source: Callable[[], Awaitable[Source]] | Callable[[SourceInfo], Awaitable[Source]],
         handler: Callable[[Message[Any]], Any],
         *,
         batch: Callable[[Batch[Any]], Any] | None = None,
+        prepare: Callable[[Sequence[Message[Any]]], Any] | None = None,
+        transform: Callable[[Any], Message[Any]] | None = None,
         telemetry: Telemetry | None = None,
         shutdown_timeout: float = SHUTDOWN_TIMEOUT,
         max_restarts: int = 3,
         max_seconds: float = 60.0,
+        publish_headers: PublishHeaders | None = None,
         **options: Unpack[ConsumerOptions],
     ) -> None:
         definition: FunctionConsumer[Any, Any] = FunctionConsumer(handler, ("source",), options)
         if batch is not None:
             definition.batch()(batch)
+        if prepare is not None:
+            definition.prepare(prepare)
         self.telemetry = telemetry or Telemetry()
-        self._spec = make_spec(definition, definition.bind(NO_CONTEXT), group=definition.value("group") or "default")
-        self._open = open_source
+        spec = make_spec(
+            definition,
+            definition.bind(NO_CONTEXT),
+            group=definition.value("group") or "default",
+            publish_headers=publish_headers,
+            stats=self.stats,
+        )
+        self._spec = replace(spec, transform=_checked_transform(definition.name, transform))
+        self._open = _with_info(definition.name, open_source)
         self._rule = RestartRule(max_restarts, max_seconds)
         self._shutdown_timeout = shutdown_timeout
         self._supervisor: Supervisor | None = None
         self._exit: BaseException | None = None
+        self._running = False
 
     async def run(self) -> None:
-        """Run until `stop()`, then drain. Raises PipelineFailed when it crashes too often."""
-        self._supervisor = Supervisor(
-            self._spec, self._open, self.telemetry, self._rule, lambda: self._shutdown_timeout
-        )
-        self._exit = None
-        self._supervisor.on_exit = self._on_exit
-        await self._supervisor.run()
-        if self._exit is not None:
-            raise self._exit
+        """Run until `stop()`, then drain. Cancelled, it drains too; cancelled again, it ends at once: what is unsettled
+        goes back to the source, and what had begun is repeated.
+
+        Raises PipelineFailed when it crashes too often, what a handler that exits raised, and AppError when it runs
+        already.
+        """
+        async with self._supervised() as task:
+            await asyncio.wait((task,))
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        """Run while the body runs: the source is open when it begins, and all is drained after it. Raises what `run`
+        does."""
+        async with self._supervised() as task:
+            if self._supervisor is not None:
+                await self._supervisor.opened(task)
+            yield self
+
+    @asynccontextmanager
+    async def _supervised(self) -> AsyncIterator[asyncio.Task[None]]:
+        if self._running:
+            raise AppError(f"{self._spec.name}: this pipeline is running already")
+        supervisor = Supervisor(self._spec, self._open, self.telemetry, self._rule, lambda: self._shutdown_timeout)
+        supervisor.on_exit = self._on_exit
+        self._supervisor, self._running, self._exit = supervisor, True, None
+        task = asyncio.create_task(supervisor.run(), name=f"{self._spec.name}: pipeline")
+        try:
+            yield task
+        finally:
+            supervisor.stop()
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError:
+                task.cancel()
+                await uncancelled(asyncio.wait((task,)))
+                raise
+            finally:
+                self._running = False
+                error = self._error_of(task)
+        if error is not None:
+            raise error
+
+    def _error_of(self, task: asyncio.Task[None]) -> BaseException | None:
+        return self._exit or (None if task.cancelled() else task.exception())
 
     def _on_exit(self, error: BaseException) -> None:
         self._exit = self._exit or error
@@ -190,6 +346,29 @@ class Pipeline:
     def stats(self) -> PipelineStats | None:
         """The pipeline at this moment; None before `run`."""
         return self._supervisor.stats() if self._supervisor is not None else None
+
+    def topology(self) -> Topology:
+        """Its stages, what they are called, and how many of each work side by side."""
+        return self._spec.topology
+
+
+def _with_info(name: str, open_source: Callable[..., Awaitable[Source]]) -> Callable[[SourceInfo], Awaitable[Source]]:
+    check_call(name, open_source, "open_source takes nothing or (info)", 0, 1)
+    try:
+        inspect.signature(open_source).bind()
+    except TypeError:
+        return open_source
+    return lambda info: open_source()
+
+
+def _checked_transform(name: str, transform: Any) -> Callable[[Any], Message[Any]] | None:
+    if transform is None:
+        return None
+    check_call(name, transform, "transform takes (event)", 1)
+    if is_async(transform):
+        raise OptionError(f"{name}: transform is a plain function; what has to wait belongs in the source")
+    checked: Callable[[Any], Message[Any]] = transform
+    return checked
 
 
 def check_features(definition: ConsumerDef, features: Features) -> None:

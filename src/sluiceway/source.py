@@ -6,17 +6,27 @@ What each side may rely on:
   arrived, perhaps nothing, and everything it returns is settled.
 - `settle` is called by two tasks at most: one with acks alone, one with everything else, each one call at a time.
 - A source whose `settle` never waits, since its broker is in this process, may say so with `settles_at_once = True`.
+- A source may return a message that it could not make properly, with its `error` set: the runtime fails it as if its
+  handler had raised that. Such a source says so with `returns_failed = True`.
 - The runtime settles each delivery once. When `settle` raises, the runtime calls it again with the same messages; a
   source makes that harmless (fenced by owner and token, or dropped because the scope died).
 - Messages received and not settled never exceed the demand asked for, so a source that obeys `demand` cannot overrun a
   window.
 - A source reconnects by itself, with capped and jittered backoff, and says so in `status()`. It raises from `receive`
   only what it cannot mend; the pipeline then starts anew with a new source.
+
+A source may have two methods more, which are looked up once:
+
+- `async prepare_for_start(info: SourceInfo)` is awaited before the first `receive`. What it raises is a failed start.
+- `async prepare_for_draining()` is awaited when a drain begins, while no `receive` waits. Then comes `stop()`, and after
+  it `receive` is called until it returns nothing. What it returns there is handled, where a drain releases all else
+  that has not started. It is not awaited when `receive` itself has raised, and its last messages are not asked for
+  when a gate is closed. When it raises, that is logged and the drain goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -51,6 +61,21 @@ class Subscription(Struct, frozen=True, kw_only=True):
     start: Start = "earliest"
     order_by: OrderBy | None = None
     on_revoke: OnRevoke = ignore_revoke
+
+
+class SourceInfo(Struct, frozen=True, kw_only=True):
+    """For which place in a pipeline a source is opened.
+
+    It is number `index`, from 0, of the `count` sources of `pipeline`, for these topics and this group. A source that is
+    opened again after a crash gets the same index. `options` are the consumer's effective options, by name.
+    """
+
+    pipeline: str
+    topics: tuple[str, ...]
+    group: str
+    index: int = 0
+    count: int = 1
+    options: Mapping[str, Any] = {}
 
 
 class SourceStatus(Struct, frozen=True, kw_only=True):

@@ -3,33 +3,40 @@
     app.telemetry.attach(lambda event: print(event), MessageFailed)
 
 Listeners are called in the loop and must return at once. One that raises is detached, once, with a log line. An event
-that nobody listens to is not even made.
+that nobody listens to is not even made, and listeners come and go while pipelines run.
+
+What takes a while is a span of two events: one ends in `Started`, the other in `Finished`. The second has the same
+fields, the `seconds` between the two, and the `error` that it ended with: None when it went well. A span whose start
+was told ends exactly once, also when it is cut off.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
 
 from .message import BatchInfo, Outcome
+from .topology import Topology
 
 log = logging.getLogger("sluiceway.telemetry")
 
 
 class Event(Struct, frozen=True, kw_only=True):
-    """What all events have: the consumer's name."""
+    """What all events have: `consumer`, its name; empty where no consumer did it."""
 
     consumer: str
 
 
-class PipelineStarted(Event, frozen=True):
-    """A pipeline runs: its source is open. `restarts`: how often it crashed before."""
+# -- the life of a pipeline ------------------------------------------------------------------------------------------
 
-    topics: tuple[str, ...]
-    group: str
+
+class PipelineStarted(Event, frozen=True):
+    """A pipeline runs: its source is open. `topology`: its stages; `restarts`: how often it crashed before."""
+
+    topology: Topology
     restarts: int = 0
 
 
@@ -48,6 +55,15 @@ class PipelineStopped(Event, frozen=True):
     cancelled: int
 
 
+# -- from the broker to the processors -------------------------------------------------------------------------------
+
+
+class Demanded(Event, frozen=True):
+    """The source is asked for up to `demand` messages."""
+
+    demand: int
+
+
 class Received(Event, frozen=True):
     """One receive returned: `count` messages of a demand of `demand`."""
 
@@ -55,15 +71,20 @@ class Received(Event, frozen=True):
     count: int
 
 
-class MessageFailed(Event, frozen=True):
-    """A handler or a batch handler failed a message; `outcome` is what happens with it, after `delay` seconds."""
+class Queued(Event, frozen=True):
+    """`count` messages wait for a processor now, in their lanes where there are such; with them `unstarted` wait.
 
-    topic: str
-    id: str
-    attempt: int
-    error: BaseException
-    outcome: Outcome
-    delay: float
+    What was received and is too large, or is a suspect that has to wait, is not among them.
+    """
+
+    count: int
+    unstarted: int
+
+
+class WindowFull(Event, frozen=True):
+    """`window` messages are received and unsettled: demand stops until the broker has taken some settlements."""
+
+    window: int
 
 
 class SuspectRuns(Event, frozen=True):
@@ -74,12 +95,107 @@ class SuspectRuns(Event, frozen=True):
     attempt: int
 
 
-class BatchFinished(Event, frozen=True):
-    """A batch handler returned or raised after `seconds`; `failed` of the batch's messages failed."""
+# -- handlers --------------------------------------------------------------------------------------------------------
+
+
+class RunStarted(Event, frozen=True):
+    """A processor begins a run: it takes message after message until none waits or other work has its turn.
+
+    `processor`: the name of its task, thread or process. On threads and in processes each message is a run.
+    """
+
+    processor: str
+
+
+class RunFinished(Event, frozen=True):
+    """A processor has ended a run over `count` messages, of which `failed` failed. `error`: what cut it off."""
+
+    processor: str
+    count: int
+    failed: int
+    seconds: float
+    error: BaseException | None
+
+
+class MessageStarted(Event, frozen=True):
+    """A processor enters the handler, and the middleware round it, with a decoded message."""
+
+    topic: str
+    id: str
+    attempt: int
+
+
+class MessageFinished(Event, frozen=True):
+    """The handler returned or raised after `seconds`. `error`: what it raised, or failed the message with.
+
+    A handler that is cut off ends with `CancelledError`; one that ignores that, or runs on a thread, ends when it ends.
+    """
+
+    topic: str
+    id: str
+    attempt: int
+    seconds: float
+    error: BaseException | None
+
+
+class MessageFailed(Event, frozen=True):
+    """A message failed; `outcome` is what happens with it, after `delay` seconds.
+
+    `error` is what its handler or batch handler failed with, or why it could not be decoded, routed or run in time.
+    """
+
+    topic: str
+    id: str
+    attempt: int
+    error: BaseException
+    outcome: Outcome
+    delay: float
+
+
+class HandleFailedStarted(Event, frozen=True):
+    """`handle_failed` is called with the messages `ids`, which are not tried again."""
+
+    ids: tuple[str, ...]
+
+
+class HandleFailedFinished(Event, frozen=True):
+    """`handle_failed` returned or raised after `seconds`; its messages end as decided either way."""
+
+    ids: tuple[str, ...]
+    seconds: float
+    error: BaseException | None
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+class BatchEmitted(Event, frozen=True):
+    """A batcher has emitted a batch: it waits for a batch processor. `info` says why it went and what it holds."""
 
     info: BatchInfo
-    seconds: float
+
+
+class BatchStarted(Event, frozen=True):
+    """A batch processor enters the batch handler with the messages `ids`."""
+
+    info: BatchInfo
+    ids: tuple[str, ...]
+
+
+class BatchFinished(Event, frozen=True):
+    """A batch handler returned or raised after `seconds`; `failed` of the batch's messages failed.
+
+    `error` failed the whole batch; None also when only single messages failed.
+    """
+
+    info: BatchInfo
+    ids: tuple[str, ...]
     failed: int
+    seconds: float
+    error: BaseException | None
+
+
+# -- back to the broker ----------------------------------------------------------------------------------------------
 
 
 class Settled(Event, frozen=True):
@@ -98,38 +214,92 @@ class SettleRefused(Event, frozen=True):
     detail: str
 
 
+class Published(Event, frozen=True):
+    """The broker has `count` messages that were published to `topic`.
+
+    Either a handler's, with the settle of its message, or the app's own: then `consumer` is empty.
+    """
+
+    topic: str
+    count: int
+
+
 Listener = Callable[[Any], None]
+
+
+class Attachment:
+    """A listener that is attached. Call `detach()`, or attach it in a `with` block, at whose end it is detached."""
+
+    __slots__ = ("_telemetry", "attached", "listener")
+
+    def __init__(self, telemetry: Telemetry, listener: Listener) -> None:
+        self._telemetry = telemetry
+        self.listener = listener
+        self.attached = True
+
+    def detach(self) -> None:
+        """Call the listener no more for the events that were attached here. Idempotent."""
+        self._telemetry._drop((self,))
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
 
 
 class Telemetry:
     """Who listens to what. One per app, handed to every pipeline."""
 
     def __init__(self) -> None:
-        self._listeners: dict[type[Event], tuple[Listener, ...]] = {}
+        self._attached: dict[type[Event], tuple[Attachment, ...]] = {}
+        self._watchers: list[Callable[[], None]] = []
 
-    def attach(self, listener: Listener, *events: type[Event]) -> None:
-        """Call `listener` for each event of these types (none named, or `Event`: for all)."""
-        for kind in Event.__subclasses__() if Event in events or not events else events:
-            self._listeners[kind] = (*self._listeners.get(kind, ()), listener)
+    def attach(self, listener: Listener, *events: type[Event]) -> Attachment:
+        """Call `listener` for each event of these types (none named, or `Event`: for all), until it is detached.
+
+        It works at once, also for pipelines that run. Spans that have begun are told from their next start on.
+        """
+        attachment = Attachment(self, listener)
+        for kind in Event.__subclasses__() if Event in events or not events else dict.fromkeys(events):
+            self._attached[kind] = (*self._attached.get(kind, ()), attachment)
+        self._changed()
+        return attachment
 
     def detach(self, listener: Listener) -> None:
-        """Stop calling `listener`. Idempotent."""
-        for kind, listeners in list(self._listeners.items()):
-            kept = tuple(other for other in listeners if other != listener)
-            if kept:
-                self._listeners[kind] = kept
-            else:
-                del self._listeners[kind]
+        """Stop calling `listener`, wherever it was attached. Idempotent."""
+        self._drop([one for many in self._attached.values() for one in many if one.listener == listener])
 
-    def wants(self, kind: type[Event]) -> bool:
-        """Whether anybody listens to `kind`: ask before making an event."""
-        return kind in self._listeners
+    def wants(self, *kinds: type[Event]) -> bool:
+        """Whether anybody listens to one of `kinds`: ask before making an event."""
+        return bool(self._attached) and not self._attached.keys().isdisjoint(kinds)
 
     def emit(self, event: Event) -> None:
         """Hand `event` to its listeners, in the order in which they were attached."""
-        for listener in self._listeners.get(type(event), ()):
-            try:
-                listener(event)
-            except Exception:
-                log.exception("a telemetry listener raised on %s and is detached", type(event).__name__)
-                self.detach(listener)
+        for one in self._attached.get(type(event), ()):
+            if one.attached:
+                try:
+                    one.listener(event)
+                except Exception:
+                    log.exception("a telemetry listener raised on %s and is detached", type(event).__name__)
+                    self.detach(one.listener)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` whenever `wants` may answer otherwise than before: for who would have to ask too often."""
+        self._watchers.append(changed)
+
+    def unwatch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` no more. Idempotent."""
+        if changed in self._watchers:
+            self._watchers.remove(changed)
+
+    def _drop(self, gone: Sequence[Attachment]) -> None:
+        for one in gone:
+            one.attached = False
+        left = {kind: tuple(one for one in many if one.attached) for kind, many in self._attached.items()}
+        self._attached = {kind: many for kind, many in left.items() if many}
+        self._changed()
+
+    def _changed(self) -> None:
+        for changed in list(self._watchers):
+            changed()

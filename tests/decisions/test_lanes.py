@@ -1,4 +1,4 @@
-"""Lanes: one message of a key at a time, in the order of arrival, also when some go back to the broker."""
+"""Lanes: one message of a key at a time, in the order of arrival, also when some go back to the broker; and batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sluiceway._decisions.lanes import Lanes
+from sluiceway._decisions.lanes import Lanes, Turns
 from sluiceway.message import QUEUED, RUNNING, SETTLED, Message
 
 KEYS = st.sampled_from([None, "a", "b"])
@@ -31,7 +31,9 @@ class LanesMachine(RuleBasedStateMachine):
         self.lanes = Lanes()
         self.count = 0
         self.number: dict[int, int] = {}
-        self.started: list[Message[Any]] = []  # running
+        self.started: list[Message[Any]] = []  # running, or on its way to a processor
+        self.overtaken: list[Message[Any]] = []  # of these, those that an earlier one of their key went back behind
+        self.batched: defaultdict[str, list[Message[Any]]] = defaultdict(list)  # handler returned, in a batch, in order
         self.waiting: defaultdict[str, list[Message[Any]]] = defaultdict(list)
         self.back: list[Message[Any]] = []  # on their way back to the broker, their settle not yet returned
         self.returned: list[Message[Any]] = []  # handler returned, settle not yet returned
@@ -51,7 +53,6 @@ class LanesMachine(RuleBasedStateMachine):
             assert not self.busy(one.key)
             assert not self.is_shut(one.key)
         assert one not in self.started
-        one.state = RUNNING
         self.started.append(one)
 
     def follow(self, key: str | None, following: Message[Any] | None) -> None:
@@ -92,15 +93,94 @@ class LanesMachine(RuleBasedStateMachine):
                 self.start(one)
 
     @precondition(lambda self: self.started)
+    @rule(data=st.data())
+    def enter_its_handler(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.started)).state = RUNNING
+
+    @precondition(lambda self: self.started)
+    @rule(data=st.data())
+    def join_a_batch(self, data: st.DataObject) -> None:
+        """The handler returns, which opens the lane; one that was overtaken goes back, and all that came since."""
+        one = data.draw(st.sampled_from(self.started))
+        self.started.remove(one)
+        one.state = RUNNING
+        assert self.lanes.is_overtaken(one) == (one in self.overtaken)
+        if one in self.overtaken:
+            self.overtaken.remove(one)
+            self.goes_back(one)
+        else:
+            if one.key is not None:
+                self.batched[one.key].append(one)
+            self.follow(one.key, self.lanes.returned(one, batched=True))
+
+    @precondition(lambda self: any(self.batched.values()))
+    @rule(data=st.data())
+    def end_in_its_batch(self, data: st.DataObject) -> None:
+        """An ack or a dead letter: the lane is open already."""
+        one = data.draw(st.sampled_from([lane[0] for lane in self.batched.values() if lane]))
+        assert one.key is not None
+        self.batched[one.key].remove(one)
+        one.state = SETTLED
+        assert self.lanes.finish(one) is None
+
+    @precondition(lambda self: any(self.batched.values()))
+    @rule(data=st.data(), entered=st.booleans())
+    def go_back_from_its_batch(self, data: st.DataObject, entered: bool) -> None:
+        one = data.draw(st.sampled_from([one for lane in self.batched.values() for one in lane]))
+        assert one.key is not None
+        lane = self.batched[one.key]
+        behind = lane[lane.index(one) + 1 :]
+        del lane[lane.index(one) :]
+        for running in [other for other in self.started if other.key == one.key]:
+            if running.state == QUEUED and not entered:
+                self.started.remove(running)
+                behind.append(running)
+            elif running not in self.overtaken:
+                self.overtaken.append(running)
+        behind += [other for other in self.waiting[one.key] if other.state == QUEUED]
+        self.waiting[one.key].clear()
+        assert self.lanes.shut(one, entered=entered) == behind
+        for other in (one, *behind):
+            self.send_back(other)
+
+    @precondition(lambda self: any(self.is_shut(key) for key in "ab"))
+    @rule(key=st.sampled_from("ab"))
+    def turn_away_at_a_shut_lane(self, key: str) -> None:
+        """A message that is prepared before it enters must not find the lane open again by then."""
+        self.count += 1
+        one = message(self.count, key)
+        self.number[id(one)] = self.count
+        self.keep.append(one)
+        if self.is_shut(key):
+            assert self.lanes.shut_out([one]) == [one]
+            self.send_back(one)
+        else:
+            assert self.lanes.shut_out([one]) == []
+
+    @rule(key=KEYS)
+    def turn_back_before_it_enters(self, key: str | None) -> None:
+        self.count += 1
+        one = message(self.count, key)
+        self.number[id(one)] = self.count
+        self.keep.append(one)
+        self.lanes.turn_back([one])
+        if key is not None:
+            self.send_back(one)
+
+    @precondition(lambda self: self.started)
     @rule(data=st.data(), settled_first=st.booleans())
     def succeed(self, data: st.DataObject, settled_first: bool) -> None:
-        """The handler returns, which opens the lane; or, with batchers, only its settle does."""
+        """The handler returns, which opens the lane; or it has acked its message before."""
         one = data.draw(st.sampled_from(self.started))
         self.started.remove(one)
         one.state = SETTLED
-        if not settled_first:
+        if one in self.overtaken:
+            self.overtaken.remove(one)
+        if settled_first:
+            self.follow(one.key, self.lanes.finish(one))
+        else:
             self.returned.append(one)
-        self.follow(one.key, self.lanes.finish(one))
+            self.follow(one.key, self.lanes.returned(one, batched=False))
 
     @precondition(lambda self: self.returned)
     @rule(data=st.data())
@@ -117,6 +197,11 @@ class LanesMachine(RuleBasedStateMachine):
         """A retry or a release: what waits behind goes back too, in order."""
         one = data.draw(st.sampled_from(self.started))
         self.started.remove(one)
+        if one in self.overtaken:
+            self.overtaken.remove(one)
+        self.goes_back(one)
+
+    def goes_back(self, one: Message[Any]) -> None:
         behind = self.lanes.shut(one)
         if one.key is None:
             assert behind == []
@@ -163,7 +248,7 @@ class LanesMachine(RuleBasedStateMachine):
     def one_of_a_key_runs_and_those_behind_it_are_later(self) -> None:
         for key in ("a", "b"):
             running = [one for one in self.started if one.key == key]
-            numbers = [self.number[id(one)] for one in (*running, *self.waiting[key])]
+            numbers = [self.number[id(one)] for one in (*self.batched[key], *running, *self.waiting[key])]
             assert len(running) <= 1
             assert numbers == sorted(numbers)
 
@@ -178,9 +263,11 @@ class LanesMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When all that is in hand has ended, no lane is left."""
-        while self.started or self.back:
+        while self.started or self.back or any(self.batched.values()):
             if self.back:
                 one = self.back.pop()
+            elif any(self.batched.values()):
+                one = next(lane.pop() for lane in self.batched.values() if lane)
             else:
                 one = self.started.pop()
             one.state = SETTLED
@@ -248,3 +335,79 @@ def test_a_hot_key_holds_no_more_than_its_share_and_what_is_beyond_goes_back_in_
     for one in (*hot[3:], late):
         assert lanes.finish(one) is None
     assert lanes.enter([hot[3]], 2) == ([hot[3]], [])
+
+
+def test_what_is_in_batches_counts_for_the_share_of_a_hot_key() -> None:
+    lanes = Lanes()
+    first, second, third = message(1), message(2), message(3)
+    lanes.enter([first], 1)
+    assert lanes.returned(first, batched=True) is None
+    assert lanes.enter([second], 1) == ([], [second])
+    assert lanes.finish(first) is None
+    assert lanes.enter([third], 1) == ([], [third])  # it may not pass the second
+    assert lanes.finish(second) is None
+    assert lanes.finish(third) is None
+    assert lanes.enter([second], 1) == ([second], [])
+
+
+def test_one_that_is_released_as_a_success_keeps_its_lane_shut_until_the_broker_has_it() -> None:
+    lanes = Lanes()
+    first, second = message(1), message(2)
+    lanes.enter([first])
+    assert lanes.shut(first) == []
+    assert lanes.returned(first, batched=False) is None
+    assert lanes.enter([second]) == ([], [second])
+
+
+class TurnsMachine(RuleBasedStateMachine):
+    """Turns beside a list of the batches that have not ended, in the order in which they were emitted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = Turns()
+        self.count = 0
+        self.batches: dict[int, set[str]] = {}
+
+    def free(self, batch: int) -> bool:
+        earlier = [keys for other, keys in self.batches.items() if other < batch]
+        return not any(keys & self.batches[batch] for keys in earlier)
+
+    @rule(keys=st.sets(st.sampled_from("abcd")))
+    def emit(self, keys: set[str]) -> None:
+        self.count += 1
+        self.batches[self.count] = keys
+        self.turns.enter(self.count, keys)
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        batch = data.draw(st.sampled_from([one for one in self.batches if self.free(one)]))
+        del self.batches[batch]
+        self.turns.end(batch)
+        self.turns.end(batch)
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data(), key=st.sampled_from("abcd"))
+    def leave(self, data: st.DataObject, key: str) -> None:
+        batch = data.draw(st.sampled_from(list(self.batches)))
+        self.batches[batch].discard(key)
+        self.turns.leave(batch, [key])
+
+    @invariant()
+    def those_may_run_that_share_no_key_with_an_earlier_one(self) -> None:
+        for batch in self.batches:
+            assert self.turns.is_free(batch) == self.free(batch)
+
+    @invariant()
+    def one_may_always_run(self) -> None:
+        assert not self.batches or any(map(self.turns.is_free, self.batches))
+
+    def teardown(self) -> None:
+        for batch in self.batches:
+            self.turns.end(batch)
+        assert self.turns._batches == {}
+        assert self.turns._keys == {}
+
+
+TurnsMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestBatchesThatShareAKeyRunInTheOrderInWhichTheyWereEmitted = TurnsMachine.TestCase

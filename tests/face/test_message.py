@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,6 +40,9 @@ class Settler:
 
     def encode(self, payload: Any) -> bytes:
         return encode(payload)
+
+    def with_headers(self, headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        return headers
 
     def check_batcher(self, name: str) -> None:
         if name not in ("default", "s3"):

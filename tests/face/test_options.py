@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sluiceway import Batching, ConsumerOptions, OptionError, Pause, Retry
+from sluiceway import Acknowledger, Batching, ConsumerOptions, OptionError, Pause, Retry, Split
 from sluiceway.options import OPTIONS, Resolved, resolve, unknown
 
 GATE = Pause()
+ACKNOWLEDGER = Acknowledger()
 WITH_ZONE = datetime(2026, 1, 1, tzinfo=UTC)
 NO_ZONE = datetime(2026, 1, 1)  # noqa: DTZ001
 
@@ -29,6 +30,13 @@ def middleware(message: Any, call_next: Any) -> Any:
     return call_next(message)
 
 
+async def one_argument(message: Any) -> None: ...
+
+
+async def generator(message: Any, call_next: Any) -> Any:
+    yield await call_next(message)
+
+
 # Per option: good values, bad values, and what the error says is allowed.
 CASES: dict[str, tuple[list[Any], list[Any], str]] = {
     "name": (*NAMES, "a non-empty string, or None"),
@@ -38,6 +46,7 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
         "words of letters, digits and _-:/@+=~, joined by dots, or None",
     ),
     "concurrency": (*COUNTS, "a whole number, 1 or more"),
+    "executor": (["auto", "process"], ["thread", "", None, True, ["process"]], "one of 'auto', 'process'"),
     "batch_size": (*COUNTS, "a whole number, 1 or more"),
     "batch_timeout": (*SECONDS, "seconds, more than 0"),
     "batchers": (
@@ -59,8 +68,18 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
     "timeout": ([None, *SECONDS[0]], [one for one in SECONDS[1] if one is not None], "seconds, more than 0, or None"),
     "middleware": (
         [(), [], [middleware], (middleware, middleware)],
-        [None, middleware, "ab", ["ab"], [None], {middleware}],
+        [None, middleware, "ab", ["ab"], [None], {middleware}, [Pause], [one_argument], [generator]],
         "a sequence of functions (message, call_next)",
+    ),
+    "batch_middleware": (
+        [(), [], [middleware], (middleware, middleware)],
+        [None, middleware, "ab", ["ab"], [None], {middleware}, [Pause], [one_argument], [generator]],
+        "a sequence of functions (batch, call_next)",
+    ),
+    "acknowledgers": (
+        [(), [ACKNOWLEDGER], (ACKNOWLEDGER, ACKNOWLEDGER)],
+        [None, ACKNOWLEDGER, [None], "", "ab", [middleware], [Acknowledger], {ACKNOWLEDGER}],
+        "a sequence of objects of Acknowledger classes",
     ),
     "gates": ([(), [GATE], (GATE, GATE)], [None, GATE, [None], "", "ab", [middleware], [Pause]], "a sequence of gates"),
     "order_by": ([None, "key"], ["topic", "", True, b"key", 0], "one of 'key', None"),
@@ -69,6 +88,7 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
         ["first", "", None, NO_ZONE, 0, True],
         "'earliest', 'latest' or a datetime with a time zone",
     ),
+    "sources": (*COUNTS, "a whole number, 1 or more"),
     "max_demand": (
         [None, *COUNTS[0]],
         [one for one in COUNTS[1] if one is not None],
@@ -268,12 +288,24 @@ def test_each_option_keeps_its_own_origin() -> None:
         ({"timeout": math.inf}, "Batching: timeout must be seconds, more than 0, got inf"),
         ({"concurrency": -1}, "Batching: concurrency must be a whole number, 1 or more, got -1"),
         ({"key": "currency"}, "Batching: key must be a function of what the handler returned, got 'currency'"),
+        ({"split": 500}, "Batching: split must be a Split(start, step) or Split.bytes(n), got 500"),
     ],
 )
 def test_a_batching_that_cannot_be_says_what_is_allowed(values: dict[str, Any], error: str) -> None:
     with pytest.raises(OptionError) as caught:
         Batching(**values)
     assert str(caught.value) == error
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "500", None])
+def test_a_split_by_bytes_takes_a_whole_number_of_bytes(limit: Any) -> None:
+    with pytest.raises(OptionError, match=r"Split\.bytes: limit must be 1 or more bytes, got "):
+        Split.bytes(limit)
+
+
+def test_a_batching_takes_a_split() -> None:
+    split = Split.bytes(1)
+    assert Batching(split=split).split is split
 
 
 @pytest.mark.parametrize(

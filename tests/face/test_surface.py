@@ -44,8 +44,8 @@ def public_things() -> list[tuple[str, Any]]:
     things = []
     for name in sluiceway.__all__:
         one = getattr(sluiceway, name)
-        if name == "Middleware":
-            continue  # a type alias: its words stand below it in its module
+        if name in ("Middleware", "BatchMiddleware"):
+            continue  # type aliases: their words stand below them in their module
         things.append((name, one))
         if inspect.isclass(one) and not issubclass(one, (BaseException, dict)):
             members = vars(one).items()
@@ -59,7 +59,8 @@ def _is_documented(name: str, value: Any) -> bool:
     return isinstance(value, property) or inspect.isfunction(value)
 
 
-OBVIOUS = {"Pause.allow", "Pause.took", "Pause.opens_at", "Pause.on_change"}  # the contract, Gate, says what they do
+GATES = ("CircuitBreaker", "Pause", "RateLimit")
+OBVIOUS = {f"{gate}.{name}" for gate in GATES for name in ("allow", "took", "opens_at", "on_change")}  # Gate says it
 OF_CONSUMERS = {"FunctionConsumer.bind"}  # what the app calls
 
 
@@ -87,6 +88,11 @@ EXTRAS = (
     "http",
     "multiprocessing",
     "typing_extensions",
+    "prometheus_client",
+    "opentelemetry",
+    "redis",
+    "lz4",
+    "zstandard",
 )
 
 

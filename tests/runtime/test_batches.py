@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from sluiceway import App, Batch, ForeignMessage, Message, Pipeline, Retry
+from sluiceway import App, Batch, ForeignMessage, Message, Pipeline, Retry, Split
+from sluiceway.consumer import FunctionConsumer
+from sluiceway.pipeline import make_spec
+from sluiceway.signatures import NO_CONTEXT
 from sluiceway.transports.memory import MemoryTransport
 
 from .recording import Broker, bodies, running
@@ -71,6 +74,104 @@ async def test_flush_sends_the_batch_with_all_that_is_in_it() -> None:
     ):
         await broker.settled(5)
     assert seen == [("flush", 5)]
+
+
+async def test_flush_takes_what_was_handled_before_and_not_what_still_runs() -> None:
+    broker = Broker(*texts(4))
+    seen: list[Any] = []
+
+    async def handle(message: Message[bytes]) -> bytes:
+        await asyncio.sleep(int(message.body))
+        message.to(flush=message.body == b"3")
+        return message.body
+
+    async def book(batch: Batch[bytes]) -> None:
+        seen.append((batch.info.trigger, batch.values))
+
+    pipeline = Pipeline(broker.open, handle, batch=book, batch_size=10, batch_timeout=20.0, concurrency=4)
+    async with running(pipeline, broker):
+        await broker.settled(4)
+    assert seen == [("flush", [b"1", b"2", b"3"]), ("timeout", [b"4"])]
+
+
+async def test_flush_takes_the_batch_of_its_key_alone() -> None:
+    broker = Broker(*texts(6))
+    seen: list[Any] = []
+
+    async def handle(message: Message[bytes]) -> bytes:
+        message.to(key=int(message.body) % 2, flush=message.body == b"5")
+        return message.body
+
+    async def book(batch: Batch[bytes]) -> None:
+        seen.append((batch.info.trigger, batch.values))
+
+    pipeline = Pipeline(broker.open, handle, batch=book, batch_size=10, batch_timeout=20.0, concurrency=1)
+    async with running(pipeline, broker):
+        await broker.settled(6)
+    assert seen == [("flush", [b"1", b"3", b"5"]), ("timeout", [b"2", b"4", b"6"])]
+
+
+async def test_a_split_makes_a_batch_full_by_what_is_in_it() -> None:
+    app = App(MemoryTransport())
+    seen: list[Any] = []
+
+    @app.consumer("work", concurrency=1)
+    async def work(message: Message[int]) -> int:
+        message.to(key="odd" if message.payload % 2 else "even")
+        return message.payload
+
+    def step(total: int, message: Message[Any]) -> tuple[int, bool]:
+        total += message.value
+        return (0, True) if total >= 16 else (total, False)
+
+    @work.batch(size=10, timeout=5.0, split=Split(0, step))
+    async def book(batch: Batch[int]) -> None:
+        seen.append((batch.key, batch.info.trigger, batch.values))
+
+    async with app.running() as manager:
+        await app.publish_many("work", [40, 1, 13, 3, 2])
+        await manager.idle()
+    assert seen == [("even", "split", [40]), ("odd", "split", [1, 13, 3]), ("even", "timeout", [2])]
+
+
+async def test_a_split_by_bytes_and_the_size_both_make_a_batch_full() -> None:
+    broker = Broker("aaaa", "bb", "c", "d", "e", "f")
+    seen: list[Any] = []
+    app_batch = Split.bytes(6)
+
+    async def book(batch: Batch[bytes]) -> None:
+        seen.append((batch.info.trigger, len(batch)))
+
+    definition: FunctionConsumer[Any, Any] = FunctionConsumer(same, ("source",), {"payload": bytes, "concurrency": 1})
+    definition.batch(size=3, timeout=5.0, split=app_batch)(book)
+    pipeline = Pipeline(broker.open, same)
+    pipeline._spec = make_spec(definition, definition.bind(NO_CONTEXT), group="default")
+    async with running(pipeline, broker):
+        await broker.settled(6)
+    assert seen == [("split", 2), ("size", 3), ("timeout", 1)]
+
+
+async def test_a_split_that_raises_fails_its_message_and_leaves_it_out() -> None:
+    transport = MemoryTransport()
+    app = App(transport)
+    seen: list[int] = []
+
+    def step(count: int, message: Message[Any]) -> tuple[int, bool]:
+        return count + 1, 1 / message.value > 1
+
+    @app.consumer("work", concurrency=1, retry=ONCE)
+    async def work(message: Message[int]) -> int:
+        return message.payload
+
+    @work.batch(size=10, timeout=0.5, split=Split(0, step))
+    async def book(batch: Batch[int]) -> None:
+        seen.extend(batch.values)
+
+    async with app.running() as manager:
+        await app.publish_many("work", [1, 0, 2])
+        await manager.idle()
+    assert seen == [1, 2]
+    assert [one.body async for one in transport.browse("work.default.dead")] == [b"0"]
 
 
 async def test_a_drain_emits_what_is_forming() -> None:

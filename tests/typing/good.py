@@ -13,6 +13,7 @@ from sluiceway import (
     App,
     Batch,
     Batching,
+    BatchMiddleware,
     Consumer,
     FunctionConsumer,
     Message,
@@ -24,7 +25,13 @@ from sluiceway import (
     RetryLater,
     consumer,
 )
-from sluiceway.message import Handler
+from sluiceway.message import BatchHandler, Handler
+from sluiceway.middleware.decode import Decode
+from sluiceway.middleware.idempotency import Idempotency, MemoryStore
+from sluiceway.middleware.logging import Logging
+from sluiceway.middleware.metrics import Metrics
+from sluiceway.middleware.timeout import Timeout
+from sluiceway.middleware.tracing import Tracing, trace_headers
 from sluiceway.telemetry import MessageFailed
 
 
@@ -106,11 +113,31 @@ async def timed(message: Message[Any], call_next: Handler) -> Any:
     return await call_next(message)
 
 
+async def announced(batch: Batch[Any], call_next: BatchHandler) -> None:
+    await call_next(batch)
+
+
 around: Middleware = timed
+around_batches: BatchMiddleware = announced
+metrics = Metrics()
+watched = App(
+    middleware=[Tracing(), metrics, Logging(), Timeout(5.0), Decode(), timed, Idempotency(MemoryStore())],
+    batch_middleware=[Tracing(), metrics, announced],
+    publish_headers=trace_headers,
+)
 pause = Pause()
 
 
-@consumer("raw", middleware=[around], gates=[pause], exhausted="drop", payload=bytes, batch_size=1, batch_timeout=0.5)
+@consumer(
+    "raw",
+    middleware=[around],
+    batch_middleware=[around_batches],
+    gates=[pause],
+    exhausted="drop",
+    payload=bytes,
+    batch_size=1,
+    batch_timeout=0.5,
+)
 async def raw(message: Message[bytes]) -> bytes:
     await message.ack()
     return message.body

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any, Literal, NamedTuple
 
 from ..message import BatchInfo, Message, Routing, Split, Trigger
@@ -111,6 +111,19 @@ class Forming:
         if trigger != "split":
             self._accumulators.pop(key, None)
         return batch, BatchInfo(self.name, key, len(batch), trigger)
+
+    def remove(self, messages: Collection[Message[Any]]) -> None:
+        """Messages go back to the broker instead. What a split has counted of them stays: their batch goes early."""
+        for key, batch in list(self._batches.items()):
+            batch[:] = [message for message in batch if message not in messages]
+            if not batch:
+                del self._batches[key]
+                self._due.pop(key, None)
+                self._accumulators.pop(key, None)
+
+    def has(self, key: Hashable) -> bool:
+        """Whether a batch of this key is forming."""
+        return key in self._batches
 
     def take_due(self, now: float) -> list[Emitted]:
         """The batches whose time is over."""

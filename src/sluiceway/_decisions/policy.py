@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from ..errors import DecodeError, Reject, Release, RetryLater
-from ..message import Message, Outgoing, Reason, Settlement
+from ..errors import DecodeError, Directive, Reject, Release, RetryLater
+from ..message import Ending, Message, Outgoing, Reason, Settlement
 from ..retry import Retry
 from .backoff import retry_delay
 from .topics import dead_letter_topic
@@ -20,6 +21,7 @@ from .topics import dead_letter_topic
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 MAX_REASON = 8 * 1024  # bytes: AMQP headers fit one frame, Kafka and NATS have message limits
 DEAD_PREFIX = "sluiceway-dead-"  # the headers that a dead letter has beyond its message's own
+TRACEBACK = "__sluiceway_traceback__"  # the attribute in which an error from a worker process has its traceback, as text
 
 
 class FailureRules(Struct, frozen=True, kw_only=True):
@@ -36,14 +38,39 @@ def settle_failure(
     message: Message[Any], error: BaseException, rules: FailureRules, *, draw: float, now: float
 ) -> Settlement:
     """How a failed message ends. `draw` is a random number between 0 and 1, `now` seconds since 1970."""
-    if isinstance(error, Release):
+    if message.ending is not None:
+        rules = _changed(rules, message.ending, error)
+    said = None if message.ending is None or isinstance(error, Directive) else message.ending.on_failure
+    if isinstance(error, Release) or said == "release":
         return Settlement(message, "release", counted=False)
+    if said in ("dead_letter", "drop"):
+        return give_up(message, error, rules, now=now)
     if isinstance(error, RetryLater) and not error.counted:
         return Settlement(message, "retry", _later(message, error, rules, draw), counted=False)
     hopeless = isinstance(error, (Reject, DecodeError, *rules.retry.never))
     if hopeless or (message.attempt >= rules.retry.attempts and rules.exhausted != "retry"):
         return give_up(message, error, rules, now=now)
     return Settlement(message, "retry", _later(message, error, rules, draw), reason=reason_of(error))
+
+
+def settle_success(message: Message[Any], rules: FailureRules, *, now: float) -> Settlement | None:
+    """How a message ends whose handler succeeded; None: a plain ack. `now` is in seconds since 1970."""
+    said = "ack" if message.ending is None else message.ending.on_success
+    if said == "release":
+        return Settlement(message, "release", counted=False)
+    if said == "dead_letter":
+        reason = Reject("it succeeded, and was configured to end here")
+        return give_up(message, reason, replace(rules, exhausted="dead_letter"), now=now)
+    return Settlement(message, "ack", outputs=tuple(message.outputs)) if message.outputs else None
+
+
+def _changed(rules: FailureRules, ending: Ending, error: BaseException) -> FailureRules:
+    """The rules for one message: what it was configured to, over its consumer's."""
+    if ending.retry is not None:
+        rules = replace(rules, retry=ending.retry)
+    if ending.on_failure in ("dead_letter", "drop", "retry") and not isinstance(error, Directive):
+        rules = replace(rules, exhausted=ending.on_failure)
+    return rules
 
 
 def give_up(message: Message[Any], error: BaseException, rules: FailureRules, *, now: float) -> Settlement:
@@ -78,6 +105,17 @@ def dead_letter(message: Message[Any], reason: Reason, rules: FailureRules, now:
     )
 
 
+def unusable(what: str, error: BaseException) -> BaseException:
+    """The failure of an event that `what` could not make a message of: hopeless, since its attempts cannot be counted."""
+    if isinstance(error, (Directive, DecodeError, KeyboardInterrupt)):
+        return error
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    failure = DecodeError(f"{what} raised {type(error).__name__}: {_safely(str, error)}{where}")
+    failure.__cause__ = error
+    return failure
+
+
 def without_dead_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers that a dead letter's message had before it died."""
     return {name: value for name, value in headers.items() if not name.startswith(DEAD_PREFIX)}
@@ -99,8 +137,16 @@ def users_traceback(error: BaseException) -> TracebackType | None:
     return trace
 
 
+def remote_traceback(error: BaseException) -> str:
+    """The text of the traceback that an error from a worker process has; "" when it has none."""
+    text: str = vars(error).get(TRACEBACK, "")
+    return text
+
+
 def _traceback(error: BaseException) -> str:
-    return "".join(traceback.format_exception(type(error), error, users_traceback(error), limit=-20))
+    return remote_traceback(error) or "".join(
+        traceback.format_exception(type(error), error, users_traceback(error), limit=-20)
+    )
 
 
 def _safely(say: Callable[[BaseException], str], error: BaseException) -> str:

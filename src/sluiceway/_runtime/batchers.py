@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Hashable, Sequence
 from typing import Any
 
 from .._decisions.batching import Add, Change, Emitted, Forming
 from ..errors import HandlerTimeout, Release, RoutingError
-from ..message import DEFAULT_BATCHER, Batch, Message, Trigger
-from ..telemetry import BatchFinished, Telemetry
+from ..message import DEFAULT_BATCHER, Batch, BatchInfo, Message, Routing, Trigger
+from ..telemetry import BatchEmitted, Telemetry
+from .batch_order import BatchOrder, behind_failed
 from .failures import Failures
 from .settler import PipelineSettler
+from .spans import Span, Spans
 from .spec import BatcherSpec, PipelineSpec
+
+log = logging.getLogger("sluiceway")
 
 
 class _Run:
     """What one batch processor is doing."""
 
-    __slots__ = ("cancelled_for", "messages", "task", "timer")
+    __slots__ = ("abandoned", "cancelled_for", "inside", "messages", "span", "task", "timer")
 
     def __init__(self) -> None:
         self.messages: list[Message[Any]] = []
+        self.inside = 0  # messages in the batch handler
+        self.span: Span | None = None
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.cancelled_for: str | None = None
+        self.abandoned: BaseException | None = None  # why, when its messages are settled only once it has ended
 
 
 class Batcher:
@@ -45,10 +53,15 @@ class Batcher:
         self.settler = settler
         self.failures = failures
         self.telemetry = hub
+        self.spans = Spans(spec, hub)
         self.forming = Forming(batcher.name, batcher.size, batcher.timeout, batcher.key, batcher.split)
         self.queue: deque[Emitted] = deque()
         self.on_idle: Callable[[], None] = _nothing
         self.on_crash: Callable[[BaseException], None] = _raise
+        self.on_exhausted: Callable[[], None] = _nothing
+        self.order: BatchOrder | None = None
+        self._overdue: set[_Run] = set()  # abandoned ones that hold their messages until they end, if ever
+        self._closed = False
         self._runs: set[_Run] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # of the runs, of those abandoned, and of what these failed
         self._failing: set[asyncio.Task[None]] = set()
@@ -93,6 +106,7 @@ class Batcher:
 
     def close(self) -> Collection[asyncio.Task[None]]:
         """Cancel all; returns what has yet to end."""
+        self._closed = True
         self.queue.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -102,10 +116,32 @@ class Batcher:
 
     def _emit(self, emitted: Emitted) -> None:
         self.queue.append(emitted)
-        self._start()
+        if self.telemetry.wants(BatchEmitted):
+            self.telemetry.emit(BatchEmitted(consumer=self.spec.name, info=emitted[1]))
+        if self.order is not None:
+            self.order.enter(emitted[0])
+        self.start()
 
-    def _start(self) -> None:
-        if self.queue and len(self._runs) < self.batcher.concurrency:
+    def emit(self, key: Hashable) -> None:
+        """Emit the batch of `key`, if one is forming: a later message of one in it goes to another batch."""
+        if self.forming.has(key):
+            self._emit(self.forming.take(key, "order"))
+
+    def drop(self, messages: Collection[Message[Any]]) -> None:
+        """Take messages out of batches that have not run: they go back to the broker."""
+        self.forming.remove(messages)
+        if self.order is not None:
+            self.order.drop(self.queue, messages)
+
+    def _next(self) -> int | None:
+        """Where the batch is in the queue that runs next; None when none may."""
+        if self.order is not None:
+            return self.order.next_in(self.queue)
+        return 0 if self.queue else None
+
+    def start(self) -> None:
+        """Start one more batch processor, if there is work for it."""
+        if len(self._runs) < self.batcher.concurrency and self._next() is not None:
             run = _Run()
             self._runs.add(run)
             run.task = self._watch(self._work(run), f"batcher {self.batcher.name}")
@@ -139,25 +175,58 @@ class Batcher:
 
     async def _work(self, run: _Run) -> None:
         try:
-            while self.queue:
-                messages, info = self.queue.popleft()
-                started = self._loop.time()
-                run.messages = messages
+            while (index := self._next()) is not None:
+                messages, info = self.queue[index]
+                del self.queue[index]
+                self._batch_started(run, messages, info)
                 error = await self._handle(run, Batch(messages, info))
-                if run not in self._runs:
-                    return  # it was abandoned, its messages are settled and another has its place
-                failed = self.settler.ack_batch(messages, error)
-                if self.telemetry.wants(BatchFinished):
-                    seconds = self._loop.time() - started
-                    self.telemetry.emit(
-                        BatchFinished(consumer=self.spec.name, info=info, seconds=seconds, failed=len(failed))
-                    )
-                if failed:
-                    await self.failures.failed(failed)
+                if error is not None and self._hold_while_on_thread(run, error):
+                    for calls in self.spec.threads:
+                        await calls.returned(messages[0])
+                self._end_overdue(run)
+                if run not in self._runs and (run.abandoned is None or self._closed):
+                    return  # its messages are settled, or go back with all others; another has its place
+                await self._settle(run, messages, run.abandoned or error)
+                if run.abandoned is not None:
+                    return
         finally:
+            self._end_overdue(run)
             self._runs.discard(
                 run
             )  # now, not when the task's callbacks run: what is emitted until then needs a new one
+            self._batch_ended(run, asyncio.CancelledError(), 0)  # it was cut off, or has ended before
+
+    def _end_overdue(self, run: _Run) -> None:
+        if run in self._overdue:
+            self._overdue.discard(run)
+            self.settler.overdue.difference_update(run.messages)
+
+    async def _settle(self, run: _Run, messages: list[Message[Any]], error: BaseException | None) -> None:
+        behind = behind_failed(messages) if self.order is not None and error is None else []
+        failed = self.settler.ack_batch([one for one in messages if one not in behind] if behind else messages, error)
+        self._batch_ended(run, error, len(failed))
+        if failed:
+            await self.failures.failed(failed)
+        if self.order is not None:
+            self.settler.ack_batch(behind, None)  # but for those that are parked by now
+            self.order.over(messages)
+
+    def _batch_started(self, run: _Run, messages: list[Message[Any]], info: BatchInfo) -> None:
+        run.messages, run.inside = messages, len(messages)
+        self._add_inside(run.inside)
+        run.span = self.spans.batch(info, messages)
+
+    def _batch_ended(self, run: _Run, error: BaseException | None, failed: int) -> None:
+        if run.inside:
+            self._add_inside(-run.inside)
+            run.inside = 0
+        if run.span is not None:
+            run.span.end(error, failed=failed)
+            run.span = None
+
+    def _add_inside(self, count: int) -> None:
+        inside = self.settler.occupancy.batched
+        inside.step(self._loop.time(), inside.count + count)
 
     async def _handle(self, run: _Run, batch: Batch[Any]) -> BaseException | None:
         """Run the batch handler; returns what fails the whole batch."""
@@ -185,11 +254,37 @@ class Batcher:
             self._cancel(run, "timeout")
             self._set_limit(run)
             return
-        self._runs.discard(run)
         error = self._timeout_error(run, " and ignored its cancellation")
+        if self.order is not None:
+            self._hold(run, error)
+            return
+        self._runs.discard(run)
         failed = self.settler.ack_batch(run.messages, error)
+        self._batch_ended(run, error, len(failed))
         self._failing.add(self._watch(self.failures.failed(failed), "what an abandoned batch failed"))
-        self._start()
+        self.start()
+
+    def _hold(self, run: _Run, error: BaseException) -> None:
+        """Abandon a run in order: its messages are settled when it has ended, so that nothing of their keys passes."""
+        log.error("%s; %d messages wait for its end, and so do later ones of their keys", error, len(run.messages))
+        run.abandoned = error
+        self._runs.discard(run)
+        self._overdue.add(run)
+        self.settler.overdue.update(run.messages)
+        self._batch_ended(run, error, len(run.messages))
+        if self.order is not None:
+            self.order.abandon(run.messages)
+        self.start()
+        if len(self._overdue) >= self.batcher.concurrency:
+            self.on_exhausted()
+
+    def _hold_while_on_thread(self, run: _Run, error: BaseException) -> bool:
+        """Whether a thread runs on with the batch, whose caller was cancelled; in order its messages wait for that."""
+        if self.order is None or not any(calls.holds(run.messages[0]) for calls in self.spec.threads):
+            return False
+        if run in self._runs:
+            self._hold(run, error)
+        return True
 
     def _cancel(self, run: _Run, reason: str) -> None:
         assert run.task is not None
@@ -197,24 +292,26 @@ class Batcher:
         run.task.cancel()
 
     def _forget_cancel(self, run: _Run) -> None:
-        if run.cancelled_for is not None and run.task is not None:
-            run.cancelled_for = None
-            while run.task.cancelling():
-                run.task.uncancel()
+        run.cancelled_for = None
+        while run.task is not None and run.task.cancelling():
+            run.task.uncancel()
 
     def _why_cancelled(self, run: _Run, error: asyncio.CancelledError) -> BaseException:
         assert run.task is not None
         reason = run.cancelled_for
         if not run.task.cancelling():
             return error  # a handler's own inner task was cancelled: the batch failed
-        if reason is None or run not in self._runs:
+        if run.abandoned is not None and not self._closed:
+            self._forget_cancel(run)
+            return run.abandoned
+        if self._closed or run not in self._runs:
             raise error
         if reason == "shutdown" and any(calls.holds(run.messages[0]) for calls in self.spec.threads):
             raise error  # a thread runs on with it: it stays unsettled
         self._forget_cancel(run)
         if reason == "timeout":
             return self._timeout_error(run)
-        return Release("shutdown")
+        return error if reason is None else Release("shutdown")  # None: somebody else's doing
 
     def _timeout_error(self, run: _Run, more: str = "") -> HandlerTimeout:
         return HandlerTimeout(f"{self.spec.name}: a batch of {len(run.messages)} ran over {self.spec.timeout} s{more}")
@@ -226,6 +323,7 @@ class Batchers:
     def __init__(self, spec: PipelineSpec, settler: PipelineSettler, failures: Failures, hub: Telemetry) -> None:
         self.by_name = {name: Batcher(spec, batcher, settler, failures, hub) for name, batcher in spec.batchers.items()}
         self.name = spec.name
+        self.take: Add = self.add  # what processors call; lanes put themselves before it
 
     def add(self, message: Message[Any], value: Any) -> Change | None:
         """Take a message whose handler returned `value`; a change is to be handed to `changed`.
@@ -233,19 +331,59 @@ class Batchers:
         Raises RoutingError, and what the user's `key` function raises.
         """
         name = DEFAULT_BATCHER if message.routing is None else message.routing.batcher
+        return self._named(name).forming.add(message, value)
+
+    def route(self, message: Message[Any], value: Any) -> Routing:
+        """Where `add` will put the message. Raises what `add` raises."""
+        name, key, flush = message.routing or Routing()
+        batcher = self._named(name).batcher
+        if key is None and batcher.key is not None:
+            key = batcher.key(value)
+        hash(key)
+        return Routing(name, key, flush)
+
+    def _named(self, name: str) -> Batcher:
         batcher = self.by_name.get(name)
         if batcher is None:
             known = ", ".join(map(repr, self.by_name))
             raise RoutingError(f"{self.name}: there is no batcher {name!r}; its batchers: {known}")
-        return batcher.forming.add(message, value)
+        return batcher
 
     def adder(self) -> Add | None:
         """`add` for a processor's loop, the shortest way there is; None without batchers."""
         if not self.by_name:
             return None
+        if self.take != self.add:
+            return self.take
         if list(self.by_name) == [DEFAULT_BATCHER]:
             return self.by_name[DEFAULT_BATCHER].forming.adder()  # `to()` has checked the name on the user's own line
         return self.add
+
+    def keep_order(
+        self, *, emitted: Callable[[Sequence[Message[Any]]], None], abandoned: Callable[[Message[Any]], None]
+    ) -> None:
+        """Run batches that share an ordering key one at a time; see BatchOrder for what is called when."""
+        order = BatchOrder(emitted, abandoned, self._start_all)
+        for batcher in self.by_name.values():
+            batcher.order = order
+
+    def _start_all(self) -> None:
+        for batcher in self.by_name.values():
+            batcher.start()
+
+    def emit(self, place: Routing) -> None:
+        """Emit the forming batch of this batcher and key, if there is one."""
+        self.by_name[place.batcher].emit(place.key)
+
+    def drop(self, messages: Sequence[Message[Any]]) -> None:
+        """Take messages out of batches that have not run: they go back to the broker."""
+        gone = set(messages)
+        for batcher in self.by_name.values():
+            batcher.drop(gone)
+
+    def on_exhausted(self, call: Callable[[], None]) -> None:
+        for batcher in self.by_name.values():
+            batcher.on_exhausted = call
 
     def changed(self, message: Message[Any], change: Change) -> None:
         name = DEFAULT_BATCHER if message.routing is None else message.routing.batcher
@@ -259,6 +397,11 @@ class Batchers:
     def forming(self) -> int:
         """How many messages wait in batches that are not full."""
         return sum(batcher.forming.count for batcher in self.by_name.values())
+
+    @property
+    def emitted(self) -> int:
+        """How many messages wait in batches for a batch processor."""
+        return sum(len(messages) for batcher in self.by_name.values() for messages, _ in batcher.queue)
 
     def emit_all(self, trigger: Trigger) -> None:
         for batcher in self.by_name.values():

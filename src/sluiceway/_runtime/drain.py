@@ -85,16 +85,25 @@ class Drain:
 
     async def _finish(self, receiving: asyncio.Task[None], sending: asyncio.Task[None]) -> None:
         self._release(self.take_unstarted())
+        self.intake.draining.set()
         while not receiving.done():
             await self._change(sending)
-            self._release(self.take_unstarted())
-        self._release(self.take_unstarted())
-        while self.processors.running or self.processors.unstarted:
+            self._release_unless_last()
+        self._release_unless_last()
+        while self.processors.running or self.processors.unstarted or self.intake.waiting_in_lanes():
+            if not (self.processors.running or self.processors.unstarted):
+                self.batchers.emit_all("drain")  # what waits in a lane waits for a batch
             await self._change(sending)
         self.batchers.emit_all("drain")
         while self.batchers.busy:
             await self._change(sending)
         await self._flush(sending)
+        await self.processors.end()
+
+    def _release_unless_last(self) -> None:
+        """Release what has not started, but for what the source put out because of this drain."""
+        if not self.intake.last:
+            self._release(self.take_unstarted())
 
     async def _cut_off(self, sending: asyncio.Task[None]) -> int:
         """Release what waits, cancel and release what runs, and send the last settles."""

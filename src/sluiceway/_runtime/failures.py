@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from .._decisions.policy import give_up, reason_of, settle_failure, users_traceback
-from ..errors import DecodeError, Directive, OptionError, Release
+from .._decisions.policy import give_up, reason_of, remote_traceback, settle_failure, users_traceback
+from ..errors import DecodeError, Directive, OptionError, Release, RetryLater
 from ..message import SETTLED, Message, Settlement
 from ..telemetry import MessageFailed, Telemetry
 from .chance import draw
 from .settler import PipelineSettler
+from .spans import Spans
 from .spec import ErrorChoice, PipelineSpec
 
 log = logging.getLogger("sluiceway")
@@ -27,23 +28,38 @@ class Failures:
         self.spec = spec
         self.settler = settler
         self.telemetry = telemetry
+        self.spans = Spans(spec, telemetry)
         self.on_exit: Callable[[BaseException], None] = _raise
 
     async def failed(self, messages: Sequence[Message[Any]]) -> None:
         """Settle messages whose `error` is set. Never raises what a hook raises; settles even when cancelled."""
         settlements = []
+        going_back: set[str | None] = set()  # keys of which one goes back: those behind it are parked, not failed
+        uncounted = self._tell_watches(messages) if self.spec.watches else {}
         for message in messages:
             if message.state >= SETTLED:
                 self._late(message)
                 self.settler.handler_ended(message)
-            else:
-                settlements.append(await self._decide(message, _error(message)))
+            elif message.key is None or message.key not in going_back:
+                settlement = await self._decide(message, _error(message), uncounted.get(message))
+                settlements.append(settlement)
+                if self.spec.ordered and settlement.outcome in ("retry", "release"):
+                    going_back.add(message.key)
         dead = [one.message for one in settlements if one.outcome == "dead_letter"]
         if dead and self.spec.on_failed is not None:
             await self._call_failed(dead)
         for settlement in settlements:
             self._say(settlement)
             self.settler.settle(settlement)
+
+    def _tell_watches(self, messages: Sequence[Message[Any]]) -> dict[Message[Any], RetryLater]:
+        uncounted: dict[Message[Any], RetryLater] = {}
+        for watch in self.spec.watches:
+            try:
+                uncounted.update(watch.failed(messages))
+            except Exception:
+                log.exception("%s: a gate raised on a failure; the retry policy decides", self.spec.name)
+        return uncounted
 
     def killed_its_process(self, message: Message[Any], error: BaseException) -> None:
         """Dead-letter a suspect whose attempts are used up, without running it."""
@@ -52,7 +68,8 @@ class Failures:
         self._say(settlement)
         self.settler.settle(settlement)
 
-    async def _decide(self, message: Message[Any], error: BaseException) -> Settlement:
+    async def _decide(self, message: Message[Any], error: BaseException, otherwise: RetryLater | None) -> Settlement:
+        """`otherwise`: what takes the place of the retry policy, unless `handle_error` chooses."""
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             self.on_exit(error)
             if isinstance(error, KeyboardInterrupt):
@@ -63,9 +80,10 @@ class Failures:
             if choice == "ack":
                 return Settlement(message, "ack", outputs=tuple(message.outputs or ()))
             if isinstance(choice, Directive):
+                otherwise = None
                 error = choice.with_traceback(error.__traceback__)
                 error.__cause__ = message.error
-        return settle_failure(message, error, self.spec.rules, draw=draw(), now=time.time())
+        return settle_failure(message, otherwise or error, self.spec.rules, draw=draw(), now=time.time())
 
     async def _ask(self, message: Message[Any], error: BaseException) -> ErrorChoice:
         assert self.spec.on_error is not None
@@ -93,16 +111,22 @@ class Failures:
 
     async def _call_failed(self, dead: list[Message[Any]]) -> None:
         assert self.spec.on_failed is not None
+        span = self.spans.handle_failed(dead)
+        failure: BaseException | None = None
         try:
             result = self.spec.on_failed(dead)
             if inspect.isawaitable(result):
                 await result
-        except asyncio.CancelledError:
-            return
+        except asyncio.CancelledError as error:
+            failure = error
         except (KeyboardInterrupt, SystemExit) as error:
+            failure = error
             self.on_exit(error)
-        except BaseException:
+        except BaseException as error:
+            failure = error
             log.exception("%s: handle_failed raised; its %d messages end as decided", self.spec.name, len(dead))
+        if span is not None:
+            span.end(failure)
 
     def _late(self, message: Message[Any]) -> None:
         if isinstance(message.error, Directive):
@@ -120,11 +144,13 @@ class Failures:
         expected = isinstance(error, (Directive, KeyboardInterrupt, SystemExit))
         trace = users_traceback(error)
         plain = expected or trace is None or isinstance(error, DecodeError)  # the text says it all
+        told = "" if expected else remote_traceback(error)
         log.log(
             logging.INFO if expected else logging.ERROR,
-            "%s: message %s of %r failed at attempt %d of %d (%s: %s); %s",
+            "%s: message %s of %r failed at attempt %d of %d (%s: %s); %s%s",
             self.spec.name, message.id, message.topic, message.attempt, self.spec.rules.retry.attempts,
             type(error).__name__, (settlement.reason or reason_of(error)).message, _next_step(settlement),
+            told and f"\n{told.rstrip()}",
             exc_info=None if plain else (type(error), error, trace),
         )  # fmt: skip
         if self.telemetry.wants(MessageFailed):

@@ -18,9 +18,11 @@ from .failures import Failures
 from .intake import Intake
 from .leases import LeaseKeeper
 from .ordering import LaneKeeper
+from .prepare import Preparer, after_prepare
 from .processors import AsyncProcessors, Processors
 from .quarantine import SuspectQuarantine
 from .settler import PipelineSettler
+from .spans import Spans
 from .spec import PipelineSpec
 from .threads import ThreadProcessors
 
@@ -36,6 +38,7 @@ class Flow:
         self.spec = spec
         self.source = source
         self.telemetry = telemetry
+        self.time = asyncio.get_running_loop().time
         self.on_exit: Callable[[BaseException], None] = _raise
         horizon = spec.buffer_time if source.lease is None else min(spec.buffer_time, source.lease / 3)
         self.window = Window(floor=spec.floor, ceiling=spec.ceiling, horizon=horizon, max_bytes=spec.max_bytes)
@@ -52,16 +55,28 @@ class Flow:
         )
         self._quarantine.take_unstarted = self._take_unstarted
         self.intake.quarantine = self._quarantine
+        self._quarantine.put = self.intake.put
+        if spec.prepare is not None:
+            self.intake.prepare = Preparer(spec, self.settler, spec.prepare)
+        if self.settler.acknowledgers is not None:
+            self.settler.acknowledgers.on_exit = self._exit
         self.intake.release_unstarted = lambda: self._release(self._take_unstarted())
         self._drain = Drain(spec.name, self.intake, self.processors, self.batchers, self.settler, self._take_unstarted)
         self.settler.on_freed = self.processors.on_idle = self._poked
         self.batchers.on_idle(self._poked)
         self.batchers.on_crash(self._crashed)
+        self.batchers.on_exhausted(lambda: self._exhausted("as many batch handlers as run at once"))
         self.lanes: LaneKeeper | None = None
         if spec.ordered:
-            self.lanes = LaneKeeper(self.processors, self.settler, self.window, batched=bool(spec.batchers))
-            self.intake.queue = self._quarantine.queue = self.lanes
+            self.lanes = LaneKeeper(self.processors, self.settler, self.window, self.batchers)
+            self.lanes.arriving = self._preparing
+            if self.intake.prepare is not None:
+                self.intake.prepare.arrived = self.lanes.arrived
+            self.intake.queue = self.lanes
             self.intake.waiting_in_lanes = lambda: self.lanes.waiting if self.lanes is not None else 0
+        if spec.batchers:
+            self.settler.occupancy.unstarted = lambda: self.processors.unstarted + self.intake.waiting_in_lanes()
+        self._spans = Spans(spec, telemetry)
         self.leases = LeaseKeeper(spec.name, source, self.settler)
         self._stop = asyncio.Event()
         self._freed = asyncio.Event()
@@ -100,6 +115,8 @@ class Flow:
         happens, the source is closed, so that what is unsettled goes back.
         """
         self.leases.start()
+        self.telemetry.watch(self._listeners_changed)
+        self._listeners_changed()
         sending = asyncio.create_task(self.settler.run(), name=f"{self.spec.name}: settler")
         receiving = asyncio.create_task(self.intake.run(), name=f"{self.spec.name}: intake")
         stopping = asyncio.create_task(self._stop.wait())
@@ -112,6 +129,7 @@ class Flow:
                 log.warning("%s: receiving failed in the drain: %s", self.spec.name, self._why_ended(receiving))
         finally:
             await uncancelled(self._close(sending, receiving, stopping))
+            self.telemetry.unwatch(self._listeners_changed)
         if self._crash is not None:
             raise self._crash
         if self.telemetry.wants(PipelineStopped):
@@ -120,6 +138,9 @@ class Flow:
             )
             self.telemetry.emit(event)
         return drained
+
+    def _listeners_changed(self) -> None:
+        self.processors.listeners_changed(self._spans)
 
     def _crashed(self, error: BaseException) -> None:
         """A stage crashed: drain what is in hand; then the supervisor starts anew."""
@@ -144,9 +165,20 @@ class Flow:
             self.settler.settle(Settlement(message, "release", counted=False))
         return len(messages)
 
+    def _give_back(self, messages: list[Message[Any]]) -> None:
+        """What worker processes had and did not enter."""
+        self._release(messages)
+        if self._stop.is_set():
+            self._drain.released += len(messages)
+
     def _take_unstarted(self) -> list[Message[Any]]:
         unstarted = self.processors.take_unstarted()
-        return unstarted if self.lanes is None else [*unstarted, *self.lanes.take_waiting()]
+        rest = self._preparing() if self.lanes is None else self.lanes.take_waiting()
+        return [*unstarted, *rest]
+
+    def _preparing(self) -> list[Message[Any]]:
+        """What was received and still waits for `prepare`."""
+        return [] if self.intake.prepare is None else self.intake.prepare.waiting()
 
     async def _close(self, *stages: asyncio.Task[None] | asyncio.Task[Literal[True]]) -> None:
         ending: set[asyncio.Task[Any]] = {*self.processors.close(), *self.batchers.close(), *stages}
@@ -154,6 +186,8 @@ class Flow:
             task.cancel()
         self.settler.close()
         _, left = await asyncio.wait(ending, timeout=CLOSE_TIMEOUT)
+        for watch in self.spec.watches:
+            watch.stopped()
         if left:
             log.warning("%s: %d handlers ignore their cancellation; they run on", self.spec.name, len(left))
         await self.leases.stop()
@@ -163,13 +197,24 @@ class Flow:
             log.exception("%s: closing the source failed; the broker hands out again what it held", self.spec.name)
 
     def _on_thread(self, message: Message[Any]) -> bool:
-        """Whether a thread runs the message's handler or batch handler: it cannot be cut off, so nobody else may."""
-        return self.processors.holds(message) or any(calls.holds(message) for calls in self.spec.threads)
+        """Whether a thread runs the message's handler or batch handler, or it ignores its end: so nobody else may."""
+        return message in self.settler.overdue or self.processors.holds(message) or any(calls.holds(message) for calls in self.spec.threads)
 
     def _make_processors(self) -> Processors:
-        kind: type[AsyncProcessors | ThreadProcessors]
-        kind = AsyncProcessors if self.spec.mode == "async" else ThreadProcessors
-        processors = kind(self.spec, self.settler, self.batchers, self.failures)
+        spec = self.spec if self.spec.prepare is None else after_prepare(self.spec)
+        parts = (spec, self.settler, self.batchers, self.failures)
+        processors: Processors
+        if spec.mode == "async":
+            processors = AsyncProcessors(*parts)
+        elif spec.mode == "thread":
+            processors = ThreadProcessors(*parts)
+        else:
+            from .processes import ProcessProcessors, WrappedProcessProcessors  # few pipelines need what it imports
+
+            if spec.around is None:
+                processors = ProcessProcessors(*parts, self._give_back)
+            else:
+                processors = WrappedProcessProcessors(*parts, spec.around)
         processors.on_exhausted = self._exhausted
         processors.on_crash = self._crashed
         processors.still_on_thread = self._on_thread
@@ -182,10 +227,11 @@ class Flow:
         if abandoned >= self.spec.concurrency and not self._stop.is_set():
             self._exhausted()
 
-    def _exhausted(self) -> None:
+    def _exhausted(self, who: str | None = None) -> None:
+        who = who or f"{self.spec.concurrency} handlers"
         self._exit(
             SystemExit(
-                f"{self.spec.name}: {self.spec.concurrency} handlers never returned and were abandoned; "
+                f"{self.spec.name}: {who} never returned and were abandoned; "
                 "the process drains and exits so that a fresh one can take over"
             )
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -13,9 +13,11 @@ from .._decisions.window import Window
 from ..errors import DecodeError
 from ..message import Message
 from ..source import Source
-from ..telemetry import Received, Telemetry
+from ..telemetry import Demanded, Queued, Received, Telemetry, WindowFull
 from .batchers import Batchers
 from .failures import Failures
+from .gates import Gates
+from .prepare import Preparer
 from .processors import Processors, Queue
 from .settler import PipelineSettler
 from .spec import PipelineSpec
@@ -61,15 +63,23 @@ class Intake:
         self.queue: Queue = processors
         self.waiting_in_lanes = _none
         self.quarantine: Quarantine | None = None
+        self.prepare: Preparer | None = None
         self.received = 0
         self.stopping = False
         self.asking = 0  # the demand of the receive that waits, 0 when none does
         self.release_unstarted: Callable[[], object] = _none
+        self.last = False  # what is received now is handled, though a drain has begun
+        self.draining = asyncio.Event()  # and has released what had not started
+        self._prepare_for_draining = getattr(source, "prepare_for_draining", None)
+        self._returns_failed = getattr(source, "returns_failed", False)
         self._apart = False  # the last receive had suspects
+        self._told_full = False  # that the window is full, since the last receive
         self._paused = False
         self._long_closed: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
+        self._at_gates = False  # there would be room, but gates are closed
         self._loop = asyncio.get_running_loop()
+        self.gates = Gates(spec.gates, self.poke, self._take_back)
         for gate in spec.gates:
             gate.on_change(self._gate_changed)
         settler.on_stuck = self._gate_changed
@@ -82,22 +92,65 @@ class Intake:
                 await self._wait_for_room()
                 continue
             self._resume()
-            self.asking = demand
-            messages = await self.source.receive(demand)
-            self.asking = 0
+            messages = await self._receive(demand)
             if messages:
                 await self._admit(messages, demand)
-                if len(messages) < demand:
-                    await asyncio.sleep(0)  # the broker has no more: what it gave is handled before it is asked again
+                if len(messages) < demand or self.gates.contended:
+                    # The broker has no more, so what it gave is handled before it is asked again; or others wait at a
+                    # gate, and go first.
+                    await asyncio.sleep(0)
             elif not self.stopping:
                 await asyncio.sleep(EMPTY)
+        if self._prepare_for_draining is not None:
+            await self._receive_last(self._prepare_for_draining)
+
+    async def _receive(self, demand: int) -> Sequence[Message[Any]]:
+        self.asking = demand
+        self._told_full = False
+        now = self._loop.time()
+        self.gates.ask(now, demand)
+        self.settler.occupancy.asked(now)
+        if self.telemetry.wants(Demanded):
+            self.telemetry.emit(Demanded(consumer=self.spec.name, demand=demand))
+        messages: Sequence[Message[Any]] = ()
+        try:
+            messages = await self.source.receive(demand)
+        finally:
+            self.asking = 0
+            now = self._loop.time()
+            self.gates.answered(now, len(messages))
+            self.settler.occupancy.received(now, len(messages), len(self.settler.held) + len(messages))
+        return messages
+
+    async def _receive_last(self, prepare_for_draining: Callable[[], Awaitable[object]]) -> None:
+        """What a source puts out when a drain begins is handled; what has not started else is released."""
+        await self.draining.wait()
+        self.last = True
+        try:
+            await prepare_for_draining()
+        except Exception:
+            log.exception("%s: prepare_for_draining raised; the drain goes on", self.spec.name)
+        self.source.resize(self.window.ceiling)
+        self.source.stop()
+        while not (self.closed or self.settler.stuck):
+            demand = self.gates.allow(self._loop.time(), self.window.size - len(self.settler.held))
+            if demand <= 0:
+                await self._wait_for_room()
+                continue
+            messages = await self._receive(demand)
+            if not messages:
+                return
+            await self._admit(messages, demand)
 
     def stop(self) -> None:
         """Ask for nothing more; a receive that waits returns. Idempotent."""
+        if self._prepare_for_draining is None:
+            self.source.stop()
+        elif not self.stopping:
+            self.source.resize(0)  # it stops when it has prepared
         self.stopping = True
         if self._long_closed is not None:
             self._long_closed.cancel()
-        self.source.stop()
         if self.quarantine is not None:
             self.quarantine.stop()
         self.poke()
@@ -105,10 +158,19 @@ class Intake:
     def poke(self) -> None:
         """Something changed that may make room: a settle returned, a processor ran dry, a gate opened."""
         room = self._room
-        if room is not None and not room.done() and (self.stopping or self._demand() > 0 or self._starved()):
+        if room is not None and not room.done() and (self.stopping or self._may_ask() or self._starved()):
             room.set_result(None)
 
+    def _may_ask(self) -> bool:
+        free = self._free()
+        return free > 0 and (not self._at_gates or self.gates.allow(self._loop.time(), free) > 0)
+
     def _demand(self) -> int:
+        free = self._free()
+        return self.gates.allow(self._loop.time(), free) if free > 0 else 0
+
+    def _free(self) -> int:
+        """How many the window has room for; 0 while enough waits for the processors."""
         free = self.window.size - len(self.settler.held)
         unstarted = self.processors.unstarted + self.waiting_in_lanes()
         if free <= 0 or self.settler.stuck or not (self.processors.idle or unstarted <= self.window.size // 2):
@@ -117,20 +179,26 @@ class Intake:
             free = min(
                 free, group_size(self.spec.ceiling)
             )  # the next ones may be suspects too, and all that do not run now go back
-        now = self._loop.time()
-        for gate in self.spec.gates:
-            free = gate.allow(now, free)
         return free
 
     async def _wait_for_room(self) -> None:
         if self._starved():
             self.batchers.emit_oldest()
-        self._room = self._loop.create_future()
-        timer = self._gate_timer()
+        if not self._told_full and len(self.settler.held) >= self.window.size:
+            self._told_full = True
+            if self.telemetry.wants(WindowFull):
+                self.telemetry.emit(WindowFull(consumer=self.spec.name, window=self.window.size))
+        room = self._room = self._loop.create_future()
+        timer: asyncio.TimerHandle | None = None
+        self._at_gates = self._free() > 0
+        if self._at_gates:
+            at = self.gates.wait(self._loop.time())
+            timer = None if at is None else self._loop.call_at(at, _wake, room)
         try:
-            await self._room
+            await room
         finally:
             self._room = None
+            self.gates.wait_no_more()
             if timer is not None:
                 timer.cancel()
 
@@ -147,12 +215,11 @@ class Intake:
     async def _admit(self, messages: Sequence[Message[Any]], demand: int) -> None:
         self.received += len(messages)
         self.settler.held.update(messages)
-        largest = max([len(message.body) for message in messages])  # a list: 26 ns less per message than a map
+        if self._returns_failed:
+            messages = await self._fail_failed(messages)
+        largest = max([len(message.body) for message in messages], default=0)  # a list: 26 ns less a message than a map
         self.window.saw_body(largest)
-        now = self._loop.time()
-        self.window.observe(now, self.settler.finished, starved=not self.processors.unstarted)
-        for gate in self.spec.gates:
-            gate.took(now, len(messages))
+        self.window.observe(self._loop.time(), self.settler.finished, starved=not self.processors.unstarted)
         if self.telemetry.wants(Received):
             self.telemetry.emit(Received(consumer=self.spec.name, demand=demand, count=len(messages)))
         if self.spec.max_payload is not None and largest > self.spec.max_payload:
@@ -164,7 +231,22 @@ class Intake:
             await self.quarantine.run(messages)
         else:
             self._apart = False
-            self.queue.put(messages)
+            await self.put(messages)
+
+    async def put(self, messages: Sequence[Message[Any]]) -> None:
+        """Queue messages to be handled, in order; `prepare` has them first."""
+        if self.prepare is not None:
+            messages = await self.prepare(messages)
+        self.queue.put(messages)
+        if self.spec.batchers:
+            self.settler.occupancy.queued(self._loop.time(), self.processors.unstarted)
+        if self.telemetry.wants(Queued) and messages:
+            unstarted = self.processors.unstarted + self.waiting_in_lanes()
+            self.telemetry.emit(Queued(consumer=self.spec.name, count=len(messages), unstarted=unstarted))
+
+    async def _fail_failed(self, messages: Sequence[Message[Any]]) -> list[Message[Any]]:
+        await self.failures.failed([message for message in messages if message.error is not None])
+        return [message for message in messages if message.error is None]
 
     async def _reject_oversized(self, messages: Sequence[Message[Any]], limit: int) -> list[Message[Any]]:
         kept = []
@@ -179,13 +261,7 @@ class Intake:
     @property
     def closed(self) -> bool:
         """Whether a gate is closed."""
-        now = self._loop.time()
-        return not all(gate.allow(now, 1) for gate in self.spec.gates)
-
-    def _gate_timer(self) -> asyncio.TimerHandle | None:
-        now = self._loop.time()
-        times = [at for gate in self.spec.gates if (at := gate.opens_at(now)) is not None]
-        return self._loop.call_at(min(times), self.poke) if times else None
+        return not self.gates.is_open(self._loop.time())
 
     def _gate_changed(self) -> None:
         """A closed gate, or a settle that the broker rejects, also takes back the demand of a receive that waits.
@@ -196,12 +272,18 @@ class Intake:
             return
         if not (self.closed or self.settler.stuck):
             self._resume()
-        elif not self._paused:
+        else:
+            self._take_back()
+            if self.source.lease is not None and self._long_closed is None:
+                self._long_closed = self._loop.call_later(self.source.lease / 2, self.release_unstarted)
+        if self._room is not None:
+            _wake(self._room)  # also when it is closed still: it may open earlier than was said
+
+    def _take_back(self) -> None:
+        """Let a receive that waits return: a gate has closed, or others wait at it and nothing comes here."""
+        if not (self._paused or self.stopping):
             self._paused = True
             self.source.resize(0)
-            if self.source.lease is not None:
-                self._long_closed = self._loop.call_later(self.source.lease / 2, self.release_unstarted)
-        self.poke()
 
     def _resume(self) -> None:
         if self._paused:
@@ -209,6 +291,13 @@ class Intake:
             self.source.resize(self.window.ceiling)
             if self._long_closed is not None:
                 self._long_closed.cancel()
+                self._long_closed = None
+
+
+def _wake(room: asyncio.Future[None]) -> None:
+    """Look again, whatever has changed: a gate opens by time, and another may still be closed."""
+    if not room.done():
+        room.set_result(None)
 
 
 def _none() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
@@ -12,7 +13,10 @@ from ..message import QUEUED, RUNNING, SETTLED, Handler, Message
 from .batchers import Batchers
 from .failures import Failures
 from .settler import PipelineSettler
+from .spans import Span, Spans
 from .spec import PipelineSpec
+
+log = logging.getLogger("sluiceway")
 
 RUN = 64  # messages that a processor takes before it lets the loop turn: heartbeats and timers live, and runs amortise
 NEARLY = 1 - 1e-6  # sums of floats
@@ -32,7 +36,12 @@ class Processors(Queue, Protocol):
     on_finished: Callable[[Message[Any]], None] | None
     on_crash: Callable[[BaseException], None]
     on_exhausted: Callable[[], None]
+    on_abandoned: Callable[[Message[Any]], None]
     still_on_thread: Callable[[Message[Any]], bool]
+
+    def listeners_changed(self, spans: Spans) -> None:
+        """Somebody listens, or nobody any more, to runs or to messages."""
+        ...
 
     @property
     def unstarted(self) -> int:
@@ -62,6 +71,10 @@ class Processors(Queue, Protocol):
         """Cut off what runs, where that can be done; returns how many."""
         ...
 
+    async def end(self) -> None:
+        """Let go of what is kept beside messages, when all of them are settled."""
+        ...
+
     def close(self) -> Collection[asyncio.Task[None]]:
         """Cancel all; returns what has yet to end."""
         ...
@@ -70,7 +83,7 @@ class Processors(Queue, Protocol):
 class Slot:
     """What one processor is doing."""
 
-    __slots__ = ("cancelled", "cancelled_for", "message", "seen", "since", "task")
+    __slots__ = ("cancelled", "cancelled_for", "failed", "in_run", "message", "seen", "since", "span", "taken", "task")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
@@ -79,6 +92,10 @@ class Slot:
         self.since = 0.0  # since when, on the loop's clock
         self.cancelled_for: str | None = None  # why we cancelled the task
         self.cancelled: Message[Any] | None = None  # what it ran then
+        self.in_run = False
+        self.taken = 0  # messages of its run; known when that ends or one fails
+        self.failed = 0  # of these
+        self.span: Span | None = None  # of its run, when somebody listens
 
 
 class AsyncProcessors:
@@ -98,10 +115,15 @@ class AsyncProcessors:
         self.on_finished: Callable[[Message[Any]], None] | None = None  # a handler returned and did not fail
         self.on_crash: Callable[[BaseException], None] = _raise
         self.on_exhausted: Callable[[], None] = _nothing
+        self.on_abandoned: Callable[[Message[Any]], None] = _nothing_with  # for lanes: its handler runs on, overdue
         self.still_on_thread: Callable[[Message[Any]], bool] = _no
-        self._handle: Handler = spec.handle
+        self._handle: Handler = spec.handle  # looked up for each message: listeners come and go
+        self._span_of_run: Callable[[str], Span] | None = None
+        self._in_run = 0  # processors within a run
+        self._running = settler.occupancy.running
         self._abandoned: set[Slot] = set()  # until their handlers end, if ever
         self._failing: set[asyncio.Task[None]] = set()
+        self._closed = False
         self._ready: deque[Message[Any]] = deque()
         settler.following = self._ready
         self._sleepers: list[asyncio.Future[None]] = []
@@ -110,6 +132,10 @@ class AsyncProcessors:
         self._sweep: asyncio.TimerHandle | None = None
         if spec.timeout is not None:
             self._sweep = self._loop.call_later(spec.timeout / SWEEPS, self._sweep_slots, spec.timeout)
+
+    def listeners_changed(self, spans: Spans) -> None:
+        self._handle = spans.handler(self.spec.handle)
+        self._span_of_run = spans.of_runs()
 
     @property
     def unstarted(self) -> int:
@@ -142,7 +168,11 @@ class AsyncProcessors:
             self._cancel(slot, "shutdown")
         return len(running)
 
+    async def end(self) -> None:
+        pass
+
     def close(self) -> Collection[asyncio.Task[None]]:
+        self._closed = True
         if self._sweep is not None:
             self._sweep.cancel()
         tasks = {slot.task for slot in (*self._slots, *self._abandoned) if slot.task is not None} | self._failing
@@ -169,7 +199,12 @@ class AsyncProcessors:
 
     def _ended(self, slot: Slot, task: asyncio.Task[None]) -> None:
         self._slots.discard(slot)
-        self._abandoned.discard(slot)
+        if slot in self._abandoned:
+            self._abandoned.discard(slot)
+            self.settler.overdue -= {slot.message}
+        if self._ready and not self._closed:
+            self._wake_one()  # somebody cancelled it between two messages: another takes its place
+        self._run_ended(slot, asyncio.CancelledError() if task.cancelled() else task.exception())
         self._look_for_crash(task)
 
     def _look_for_crash(self, task: asyncio.Task[None]) -> None:
@@ -177,6 +212,35 @@ class AsyncProcessors:
         if error is not None:
             self.on_crash(error)
         self.on_idle()
+
+    def _run_started(self, slot: Slot, *, slept: bool) -> None:
+        slot.in_run = True
+        self._in_run += 1
+        self._note_occupancy(idle_changed=slept)
+        if self._span_of_run is not None and slot.task is not None:
+            slot.failed = 0
+            slot.span = self._span_of_run(slot.task.get_name())
+
+    def _run_ended(self, slot: Slot, error: BaseException | None = None) -> None:
+        self._leave_run(slot)
+        if slot.span is not None:
+            slot.span.end(error, count=slot.taken, failed=slot.failed)
+            slot.span = None
+
+    def _leave_run(self, slot: Slot) -> None:
+        if slot.in_run:
+            slot.in_run = False
+            self._in_run -= 1
+            falls_asleep = slot in self._slots and not self._ready
+            self._note_occupancy(idle_changed=falls_asleep or slot not in self._slots, falling_asleep=falls_asleep)
+
+    def _note_occupancy(self, *, idle_changed: bool, falling_asleep: int = 0) -> None:
+        """Idle are the processors that sleep, or are about to, and those that were not needed yet."""
+        if idle_changed:
+            idle = self.spec.concurrency - len(self._slots) + len(self._sleepers) + falling_asleep
+            self.settler.occupancy.processing(self._loop.time(), self._in_run, idle)
+        else:
+            self._running.step(self._loop.time(), self._in_run)
 
     async def _sleep(self) -> None:
         sleeper = self._loop.create_future()
@@ -190,15 +254,17 @@ class AsyncProcessors:
             raise
 
     async def _work(self, slot: Slot) -> None:
-        ready, settler, handle, decode = self._ready, self.settler, self._handle, self.spec.decode
+        ready, settler, decode = self._ready, self.settler, self.spec.decode
         add_to_batch, batch_changed = self.batchers.adder(), self.batchers.changed
         finished = self.on_finished
         run = RUN  # so that the first turn looks round
         while True:
             if run >= RUN or not ready:
-                slot.message = None
+                slot.message, slot.taken = None, run
                 if slot not in self._slots:
                     return  # it was abandoned and another has its place
+                slept = not ready or not slot.in_run
+                self._run_ended(slot)
                 if not ready:
                     await self._sleep()
                 else:
@@ -208,6 +274,7 @@ class AsyncProcessors:
                     self._wake_one()
                 if not ready:
                     continue
+                self._run_started(slot, slept=slept)
             run += 1
             message = ready.popleft()
             if message.state != QUEUED:
@@ -217,6 +284,7 @@ class AsyncProcessors:
             slot.message = message
             try:
                 message.payload = message.body if decode is None else decode(message.body)
+                handle = self._handle
                 value = await handle(message)
                 if message.error is not None:
                     await self._failed(slot, message, message.error)
@@ -237,17 +305,51 @@ class AsyncProcessors:
                 else:
                     settler.handler_ended(message)
             except BaseException as error:
+                slot.taken = run
                 await self._failed(slot, message, error)
 
     async def _failed(self, slot: Slot, message: Message[Any], error: BaseException) -> None:
         if slot not in self._slots:
-            raise asyncio.CancelledError  # it was abandoned, and its message settled
+            await self._failed_late(message)
+            raise asyncio.CancelledError  # it was abandoned, and another has its place
         if isinstance(error, asyncio.CancelledError):
             error = self._why_cancelled(slot, message, error)
         if isinstance(error, GeneratorExit):
             raise error
         message.error = error
+        slot.failed += 1
+        if self._keeps_lane(message) and any(calls.holds(message) for calls in self.spec.threads):
+            self._hold(slot, message, error)
+            for calls in self.spec.threads:
+                await calls.returned(message)
+            await self._failed_late(message)
+            raise asyncio.CancelledError
         await self.failures.failed((message,))
+
+    def _keeps_lane(self, message: Message[Any]) -> bool:
+        """Whether the message is settled only when its handler has really ended: nothing of its key may pass it."""
+        return self.spec.ordered and message.key is not None
+
+    def _hold(self, slot: Slot, message: Message[Any], error: BaseException) -> None:
+        log.error("%s; it stays unsettled until its handler ends, and later ones of key %r wait", error, message.key)
+        self.settler.overdue.add(message)
+        self.on_abandoned(message)
+        self._give_place(slot)
+
+    def _give_place(self, slot: Slot) -> None:
+        """Let another processor take the place of one whose handler does not end."""
+        self._slots.discard(slot)
+        self._abandoned.add(slot)
+        if self._ready:
+            self._wake_one()
+        if len(self._abandoned) >= self.spec.concurrency:
+            self.on_exhausted()
+
+    async def _failed_late(self, message: Message[Any]) -> None:
+        """The handler of an abandoned message has ended."""
+        if message in self.settler.overdue and not self._closed:
+            self.settler.overdue.discard(message)
+            await self.failures.failed((message,))
 
     def _why_cancelled(self, slot: Slot, message: Message[Any], error: asyncio.CancelledError) -> BaseException:
         task = slot.task
@@ -255,11 +357,11 @@ class AsyncProcessors:
         if not task.cancelling():
             return error  # an inner task of the handler was cancelled: the message failed
         reason, slot.cancelled_for = slot.cancelled_for, None
-        if reason is None or (reason == "shutdown" and self.still_on_thread(message)):
+        if self._closed or (reason == "shutdown" and self.still_on_thread(message)):
             raise error
         task.uncancel()
-        if slot.cancelled is not message:
-            return error  # an earlier handler had swallowed that; now an inner task was cancelled
+        if reason is None or slot.cancelled is not message:
+            return error  # somebody else's doing; or an earlier handler had swallowed that, and now an inner task was
         if reason == "timeout":
             return HandlerTimeout(f"{self.spec.name}: message {message.id} ran over {self.spec.timeout} s")
         return Release("shutdown")
@@ -294,18 +396,17 @@ class AsyncProcessors:
         """Give up a handler that swallows its cancellation: its message fails, another processor takes its place."""
         message = slot.message
         assert message is not None
-        self._slots.discard(slot)
-        self._abandoned.add(slot)
         message.error = HandlerTimeout(
             f"{self.spec.name}: message {message.id} ran over {timeout} s and ignored its cancellation"
         )
+        if self._keeps_lane(message):
+            self._hold(slot, message, message.error)
+            return
         task = self._loop.create_task(self.failures.failed((message,)))
         self._failing.add(task)
         task.add_done_callback(self._failing_ended)
-        if self._ready:
-            self._wake_one()
-        if len(self._abandoned) >= self.spec.concurrency:
-            self.on_exhausted()
+        self._give_place(slot)
+        self._leave_run(slot)  # its message is settled, though the handler runs on
 
     def _failing_ended(self, task: asyncio.Task[None]) -> None:
         self._failing.discard(task)
@@ -313,6 +414,10 @@ class AsyncProcessors:
 
 
 def _nothing() -> None:
+    pass
+
+
+def _nothing_with(message: Message[Any]) -> None:
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from .._decisions.backoff import reconnect_delay
@@ -16,7 +16,7 @@ from ..telemetry import SuspectRuns, Telemetry
 from .batchers import Batchers
 from .chance import draw
 from .failures import Failures
-from .processors import Processors, Queue
+from .processors import Processors
 from .settler import PipelineSettler
 from .spec import PipelineSpec
 
@@ -47,7 +47,7 @@ class SuspectQuarantine:
         self.batchers = batchers
         self.failures = failures
         self.telemetry = telemetry
-        self.queue: Queue = processors
+        self.put: Callable[[Sequence[Message[Any]]], Awaitable[None]] = _nowhere  # the intake's
         self.take_unstarted: Callable[[], Sequence[Message[Any]]] = processors.take_unstarted
         self._stopping = False
         self._changed = asyncio.Event()
@@ -88,7 +88,7 @@ class SuspectQuarantine:
         elif suspects and runs_alone(chosen[0]):
             await self._run_alone(chosen[0])
         else:
-            self.queue.put(chosen)
+            await self.put(chosen)
         await self._alone_with(())
 
     def _let_rest(self, messages: Sequence[Message[Any]]) -> Sequence[Message[Any]]:
@@ -141,7 +141,7 @@ class SuspectQuarantine:
             self.telemetry.emit(
                 SuspectRuns(consumer=self.spec.name, topic=message.topic, id=message.id, attempt=message.attempt)
             )
-        self.queue.put((message,))
+        await self.put((message,))
 
     async def _write_down(self, message: Message[Any]) -> bool | None:
         """Write down a suspicion, again and again while the broker raises; None when a drain came before."""
@@ -162,7 +162,12 @@ class SuspectQuarantine:
     async def _alone_with(self, chosen: Sequence[Message[Any]]) -> None:
         """Return when nothing is held but `chosen`, and nothing runs: also no handler that has settled early."""
         held = self.settler.held
-        while self.processors.running or len(held) > sum(message in held for message in chosen):
+        overdue = self.settler.overdue  # they may never end; nobody waits for such a handler without order either
+        while self.processors.running or len(held) - len(overdue) > sum(message in held for message in chosen):
             self._changed.clear()
             self.batchers.emit_all("flush")
             await self._changed.wait()
+
+
+async def _nowhere(messages: Sequence[Message[Any]]) -> None:
+    pass

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence, Sized
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 from .._decisions.backoff import reconnect_delay
+from .._decisions.occupancy import Occupancy
+from .._decisions.policy import settle_success
 from ..errors import AppError, LeaseLost, RoutingError
-from ..message import QUEUED, RUNNING, SETTLED, Message, Outcome, Refused, Settlement
+from ..message import QUEUED, RUNNING, SETTLED, Message, Outcome, Refused, Settlement, with_headers
 from ..source import Source
-from ..telemetry import Settled, SettleRefused, Telemetry
+from ..telemetry import Published, Settled, SettleRefused, Telemetry
+from .acknowledgers import Acknowledgers, cancelled_from_outside
 from .chance import draw
 from .spec import PipelineSpec
 
@@ -33,13 +38,16 @@ class PipelineSettler:
         self.acks: list[Message[Any]] = []
         self.scheduled = False
         self.following: Sized = ()  # messages that wait to be handled next
+        self.overdue: set[Message[Any]] = set()  # held while a handler runs on though its time is up; only with order
         self.finished = 0  # deliveries that ended, in all
+        self.occupancy = Occupancy(asyncio.get_running_loop().time(), processors=spec.concurrency)
         self.stuck: list[Settlement] = []  # what the broker rejected; while there is one, demand stops
         self.on_stuck: Callable[[], None] = _nothing  # that has begun or ended
         self.on_freed: Callable[[], None] = _nothing
         self.on_settlement: Callable[[Settlement], None] | None = None  # for lanes: a delivery is about to end so
         self.on_ended: Callable[[Sequence[Message[Any]]], None] | None = None  # for lanes: these have ended
-        self._at_once = getattr(source, "settles_at_once", False)
+        self.acknowledgers = Acknowledgers(spec.name, spec.acknowledgers) if spec.acknowledgers else None
+        self._at_once = getattr(source, "settles_at_once", False) and not spec.acknowledgers
         self._others: list[Settlement] = []
         self._try_stuck = False
         self._stuck_timer: asyncio.TimerHandle | None = None
@@ -55,13 +63,22 @@ class PipelineSettler:
 
     def ack(self, message: Message[Any]) -> None:
         """End a delivery as a success. Called once per delivery, by whoever moves it to SETTLED."""
-        message.state = SETTLED
-        if message.outputs:
-            self._others.append(Settlement(message, "ack", outputs=tuple(message.outputs)))
-        else:
-            self.acks.append(message)
+        self._succeed(message)
         if not self.scheduled:
             self.schedule()
+
+    def _succeed(self, message: Message[Any]) -> None:
+        settlement = None if message.outputs is None else settle_success(message, self.spec.rules, now=time.time())
+        message.state = SETTLED
+        if settlement is None:
+            self.acks.append(message)
+        else:
+            self._add(settlement)
+
+    def _add(self, settlement: Settlement) -> None:
+        self._others.append(settlement)
+        if self.on_settlement is not None:
+            self.on_settlement(settlement)
 
     def ack_batch(self, messages: Sequence[Message[Any]], error: BaseException | None) -> list[Message[Any]]:
         """End the messages of a batch that did not fail as successes; returns the others, with their `error` set.
@@ -125,21 +142,30 @@ class PipelineSettler:
         if settlement.message.state >= SETTLED:
             return
         settlement.message.state = SETTLED
-        self._others.append(settlement)
-        if self.on_settlement is not None:
-            self.on_settlement(settlement)
+        self._add(settlement)
         if not self.scheduled:
             self.schedule()
 
-    async def settle_now(self, message: Message[Any]) -> None:
+    async def settle_now(self, messages: Sequence[Message[Any]]) -> None:
+        """End deliveries as successes while their handler runs on; return when the broker has them.
+
+        Raises LeaseLost, when all have ended, if one is another consumer's.
+        """
         if asyncio.get_running_loop() is not self._loop:
             raise AppError(
                 f"{self.spec.name}: message.ack() works in the pipeline's own loop: in an `async def` handler"
             )
-        waiter = self._waiters[message] = self._loop.create_future()
-        self._early.add(message)
-        self.ack(message)
-        await waiter
+        waiters = []
+        for message in messages:
+            waiters.append(self._loop.create_future())
+            self._waiters[message] = waiters[-1]
+            self._early.add(message)
+            self._succeed(message)
+        if not self.scheduled:
+            self.schedule()
+        for lost in await asyncio.gather(*waiters, return_exceptions=True):
+            if lost is not None:
+                raise lost
 
     def handler_ended(self, message: Message[Any]) -> None:
         """The handler of a message that was settled before has ended: only now may the next one of its key start."""
@@ -150,6 +176,9 @@ class PipelineSettler:
 
     def encode(self, payload: Any) -> bytes:
         return self.spec.encode(payload)
+
+    def with_headers(self, headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        return with_headers(self.spec.publish_headers, headers)
 
     def check_batcher(self, name: str) -> None:
         if name not in self.spec.batchers:
@@ -164,6 +193,7 @@ class PipelineSettler:
                 message.state = SETTLED
                 self.held.discard(message)
                 self.finished += 1
+                self.occupancy.finished(self._loop.time(), 1, len(self.held))
                 if self.on_ended is not None:
                     self.on_ended((message,))
         self.on_freed()
@@ -230,13 +260,17 @@ class PipelineSettler:
         """Settle, again and again while it raises."""
         tries = 0
         count = len(acks) + len(others)
+        unsettled = self.occupancy.unsettled
         self._sending += count
+        unsettled.step(self._loop.time(), self.unsent + len(self.stuck))
         try:
+            if self.acknowledgers is not None:
+                await self.acknowledgers.before(acks, others)
             while True:
                 try:
                     refused = await self.source.settle(acks, others)
                 except (Exception, asyncio.CancelledError) as error:
-                    if _cancelled_from_outside(error):
+                    if cancelled_from_outside(error):
                         raise
                     delay = reconnect_delay(tries, draw())
                     tries += 1
@@ -244,14 +278,21 @@ class PipelineSettler:
                     log.warning("%s: %s; trying again in %.2f s", self.spec.name, text, delay)
                     await asyncio.sleep(delay)
                 else:
-                    self._troubles.pop(what, None)
-                    return refused
+                    break
+            self._troubles.pop(what, None)
+            if self.acknowledgers is not None:
+                await self.acknowledgers.after(acks, others, refused)
+            return refused
         finally:
+            now = self._loop.time()
+            unsettled.drift(now, self.unsent + len(self.stuck))  # what finished meanwhile waits for the next call
             self._sending -= count
+            unsettled.step(now, self.unsent + len(self.stuck))
 
     def _ended(self, messages: list[Message[Any]], refused: Sequence[Refused]) -> None:
         self.held.difference_update(messages)
         self.finished += len(messages)
+        self.occupancy.finished(self._loop.time(), len(messages), len(self.held))
         for one in refused:
             self._say_refused(one)
         if self._waiters:
@@ -296,7 +337,9 @@ class PipelineSettler:
         if not self.stuck:
             if self._troubles.pop("rejected", None):
                 self.on_stuck()
-        elif self._stuck_timer is None:
+            return
+        self.occupancy.unsettled.step(self._loop.time(), self.unsent + len(self.stuck))
+        if self._stuck_timer is None:
             self._stuck_timer = self._loop.call_later(reconnect_delay(6, draw()), self._retry_stuck)
             self.on_stuck()
 
@@ -311,16 +354,14 @@ class PipelineSettler:
             for outcome in outcomes:
                 count = sum(one.outcome == outcome for one in batch)
                 self.telemetry.emit(Settled(consumer=self.spec.name, outcome=outcome, count=count))
+        if self.telemetry.wants(Published):
+            topics = Counter(outgoing.topic for one in batch if one.outcome == "ack" for outgoing in one.outputs)
+            for topic, count in topics.items():
+                self.telemetry.emit(Published(consumer=self.spec.name, topic=topic, count=count))
 
 
 def _rejected(refused: Sequence[Refused]) -> set[int]:
     return {id(one.message) for one in refused if one.kind == "rejected"}
-
-
-def _cancelled_from_outside(error: BaseException) -> bool:
-    """Whether it is our own task that is cancelled, and not something that the source waited for."""
-    task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def _nothing() -> None:

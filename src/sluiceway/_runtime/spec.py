@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
 from msgspec import Struct
 
 from .._decisions.policy import FailureRules
+from ..acknowledger import Acknowledger
 from ..errors import Directive
-from ..gate import Gate
-from ..message import Batch, Handler, Message, Split
+from ..gate import Gate, Watch
+from ..message import BatchHandler, Handler, Message, PublishHeaders, Split
+from ..topology import Topology
 from .thread_calls import ThreadCalls
 
 ErrorChoice = Literal["ack"] | Directive | None
 ErrorHook = Callable[[Message[Any], BaseException], Awaitable[ErrorChoice] | ErrorChoice]
 FailedHook = Callable[[Sequence[Message[Any]]], Awaitable[None] | None]
-BatchHandler = Callable[[Batch[Any]], Awaitable[Any]]
+PrepareHook = Callable[[Sequence[Message[Any]]], Awaitable[object]]
 
 
 class BatcherSpec(Struct, frozen=True, kw_only=True):
@@ -32,18 +35,42 @@ class BatcherSpec(Struct, frozen=True, kw_only=True):
     concurrency: int
 
 
+class OpenedHandler(Struct, frozen=True):
+    """A consumer's handler in a worker process, with what it needs there. `batchers` are the names of the consumer's."""
+
+    consumer: str
+    handle: Callable[[Message[Any]], Any]
+    is_async: bool
+    decode: Callable[[bytes], Any] | None
+    encode: Callable[[Any], bytes]
+    batchers: tuple[str, ...]
+
+
+OpenHandler = Callable[[], AbstractAsyncContextManager[OpenedHandler]]
+
+
+class RemoteHandler(Struct, frozen=True):
+    """What a worker process is given to find its handler by: a pickled `OpenHandler`."""
+
+    pickled: bytes
+    is_async: bool
+
+
 class PipelineSpec(Struct, frozen=True, kw_only=True):
     """One pipeline.
 
     `handle` is called per message: awaited in the loop, or called on a thread with `mode="thread"`. `decode` makes the
     payload of a body; None gives the body itself. `floor` and `ceiling` bound the window; equal, they pin it. `threads`
-    are those that plain functions run on: batch handlers, and handlers inside middleware.
+    are those that plain functions run on: batch handlers, and handlers inside middleware. `sources` are opened side by
+    side; `transform` makes a message of each event that they return. `options` are the consumer's, by name.
+    With `mode="process"` worker processes find the handler by `remote`, `around` puts the middleware round the call of
+    one, and `handle` is not called.
     """
 
     name: str
     topics: tuple[str, ...]
     group: str
-    mode: Literal["async", "thread"]
+    mode: Literal["async", "thread", "process"]
     handle: Handler | Callable[[Message[Any]], Any]
     decode: Callable[[bytes], Any] | None
     encode: Callable[[Any], bytes]
@@ -57,7 +84,17 @@ class PipelineSpec(Struct, frozen=True, kw_only=True):
     max_bytes: int
     max_payload: int | None
     ordered: bool
+    topology: Topology
     gates: tuple[Gate, ...] = ()
+    watches: tuple[Watch, ...] = ()
     on_error: ErrorHook | None = None
     on_failed: FailedHook | None = None
     threads: tuple[ThreadCalls, ...] = ()
+    prepare: PrepareHook | None = None
+    acknowledgers: tuple[Acknowledger, ...] = ()
+    publish_headers: PublishHeaders | None = None
+    sources: int = 1
+    transform: Callable[[Any], Message[Any]] | None = None
+    options: Mapping[str, Any] = {}
+    remote: RemoteHandler | None = None
+    around: Callable[[Handler], Handler] | None = None

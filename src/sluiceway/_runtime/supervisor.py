@@ -9,13 +9,15 @@ from collections.abc import Awaitable, Callable
 from msgspec import Struct
 
 from .._decisions.backoff import RestartRule
+from .._decisions.occupancy import TimeSpent
 from ..errors import OptionError, PipelineFailed
 from ..message import Scope
-from ..source import Backlog, Source
+from ..source import Backlog, Source, SourceInfo
 from ..telemetry import PipelineCrashed, PipelineStarted, Telemetry
 from .chance import draw
 from .drain import Drained
-from .flow import CLOSE_TIMEOUT, Flow, uncancelled
+from .flow import Flow, uncancelled
+from .opening import not_wanted, open_sources
 from .spec import PipelineSpec
 
 log = logging.getLogger("sluiceway")
@@ -26,8 +28,12 @@ class PipelineStats(Struct, frozen=True, kw_only=True):
 
     `state`: starting, running, paused, blocked (see `reason`), draining, stopped or failed. Counts are messages: `held`
     are received and unsettled, of which `unstarted` wait for a processor, `running` are in a handler, `forming` in a
-    batch that is not full and `unsettled` on their way to the broker; `window` is the most that may be held; `demand`
-    what the source is asked for now. `received` and `finished` count since the pipeline started, over restarts.
+    batch whose handler was not entered, `batched` in a batch handler and `unsettled` on their way to the broker;
+    `window` is the most that may be held; `demand` what the source is asked for now. `received` and `finished` count
+    since the pipeline started, over restarts.
+
+    Over the last seconds, where what happened 5 s ago weighs 1/e: `receive_rate` and `finish_rate` are messages per
+    second, `spent` says where their time went (None before the first has finished, and while the pipeline is down).
     """
 
     consumer: str
@@ -42,9 +48,13 @@ class PipelineStats(Struct, frozen=True, kw_only=True):
     unstarted: int = 0
     running: int = 0
     forming: int = 0
+    batched: int = 0
     unsettled: int = 0
     window: int = 0
     demand: int = 0
+    receive_rate: float = 0.0
+    finish_rate: float = 0.0
+    spent: TimeSpent | None = None
 
 
 class Supervisor:
@@ -53,7 +63,7 @@ class Supervisor:
     def __init__(
         self,
         spec: PipelineSpec,
-        open_source: Callable[[], Awaitable[Source]],
+        open_source: Callable[[SourceInfo], Awaitable[Source]],
         telemetry: Telemetry,
         rule: RestartRule,
         shutdown_timeout: Callable[[], float],
@@ -85,6 +95,16 @@ class Supervisor:
                 await self._crashed(error)
         self._state = "stopped"
 
+    async def opened(self, running: asyncio.Task[None]) -> None:
+        """Return when a source was open once. Raises what `running`, the task of `run`, raised before that."""
+        opened = asyncio.create_task(self.started.wait())
+        try:
+            await asyncio.wait((opened, running), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            opened.cancel()
+        if running.done() and not self.started.is_set():
+            running.result()
+
     def stop(self) -> None:
         """Begin the drain. Idempotent."""
         self._stopping.set()
@@ -97,6 +117,11 @@ class Supervisor:
         """Cut a drain short: what still runs is cancelled. Idempotent; does nothing before the drain."""
         if self._flow is not None:
             self._flow.hurry()
+
+    def flush(self) -> None:
+        """Emit what forms, full or not."""
+        if self._flow is not None:
+            self._flow.batchers.emit_all("flush")
 
     async def revoked(self, scopes: frozenset[Scope], seconds: float | None) -> None:
         """The source says that scopes are taken away, in so many seconds; None: they are gone."""
@@ -112,6 +137,8 @@ class Supervisor:
                 restarts=self._restarts, received=self._before[0], finished=self._before[1],
             )  # fmt: skip
         state, reason = self._condition(flow)
+        occupancy, now = flow.settler.occupancy, flow.time()
+        receive_rate, finish_rate = occupancy.rates(now)
         return PipelineStats(
             consumer=spec.name,
             topics=spec.topics,
@@ -124,10 +151,14 @@ class Supervisor:
             held=len(flow.settler.held),
             unstarted=flow.processors.unstarted + flow.intake.waiting_in_lanes(),
             running=flow.processors.running,
-            forming=flow.batchers.forming,
+            forming=flow.batchers.forming + flow.batchers.emitted,
+            batched=occupancy.batched.count,
             unsettled=flow.settler.unsent,
             window=flow.window.size,
             demand=flow.intake.asking,
+            receive_rate=receive_rate,
+            finish_rate=finish_rate,
+            spent=occupancy.spent(now),
         )
 
     async def backlog(self) -> Backlog | None:
@@ -156,9 +187,7 @@ class Supervisor:
             self._state = "running"
         self.started.set()
         if self.telemetry.wants(PipelineStarted):
-            event = PipelineStarted(
-                consumer=self.spec.name, topics=self.spec.topics, group=self.spec.group, restarts=self._restarts
-            )
+            event = PipelineStarted(consumer=self.spec.name, topology=self.spec.topology, restarts=self._restarts)
             self.telemetry.emit(event)
         try:
             self.drained = await flow.run(self._timeout)
@@ -168,17 +197,17 @@ class Supervisor:
 
     async def _open_unless_stopped(self) -> Source | None:
         """A new source; None when `stop()` came first: a broker that cannot be reached must not hold up a drain."""
-        opening = asyncio.ensure_future(self._open())
+        opening = asyncio.ensure_future(open_sources(self.spec, self._open))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            await uncancelled(_not_wanted(opening))
+            await uncancelled(not_wanted(opening))
             raise
         finally:
             stopping.cancel()
         if not opening.done():
-            await uncancelled(_not_wanted(opening))
+            await uncancelled(not_wanted(opening))
             return None
         if opening.cancelled():
             raise RuntimeError("opening the source was cancelled")
@@ -202,14 +231,6 @@ class Supervisor:
             await asyncio.wait_for(self._stopping.wait(), delay)
         except TimeoutError:
             return
-
-
-async def _not_wanted(opening: asyncio.Future[Source]) -> None:
-    """Stop opening a source; close it if it opened nevertheless."""
-    opening.cancel()
-    await asyncio.wait((opening,), timeout=CLOSE_TIMEOUT)
-    if opening.done() and not opening.cancelled() and opening.exception() is None:
-        await opening.result().aclose()
 
 
 def _raise(error: BaseException) -> None:

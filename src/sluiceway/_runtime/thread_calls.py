@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import threading
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from typing import Any
 
 from ..message import Batch, Message
 
-Call = tuple[Any, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
+Call = tuple[Any, contextvars.Context, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 
 
 class ThreadCalls:
     """`await calls(subject)` runs `function(subject)` on one of up to `threads` daemon threads.
+
+    It runs in a copy of its caller's context, so that it sees the context variables that middleware has set.
 
     Not an executor of the standard library: that one is joined when the interpreter ends, so a function that never
     returns would keep the process for ever. When the caller is cancelled while its function runs, the thread is
@@ -26,6 +29,7 @@ class ThreadCalls:
         self.on_abandoned: Callable[[], None] = _nothing
         self.abandoned: set[Any] = set()  # what threads still run and nobody waits for
         self._inside: set[Any] = set()  # what threads run: messages or batches
+        self._waiters: list[asyncio.Future[None]] = []  # of `returned`
         self._function = function
         self._limit = threads
         self._started = 0
@@ -40,7 +44,7 @@ class ThreadCalls:
             self._started += 1
             name = f"{getattr(self._function, '__name__', 'handler')}: thread {self._started}"
             threading.Thread(target=self._work, name=name, daemon=True).start()
-        self._queue.put((subject, loop, future))
+        self._queue.put((subject, contextvars.copy_context(), loop, future))
         try:
             return await future
         except asyncio.CancelledError:
@@ -54,20 +58,35 @@ class ThreadCalls:
             self._busy -= 1
 
     def holds(self, message: Message[Any]) -> bool:
-        """Whether a thread runs this message, or a batch that it is in."""
+        """Whether a thread runs this message, or a batch or a receive that it is in."""
         return any(
-            subject is message or (isinstance(subject, Batch) and message in subject) for subject in list(self._inside)
+            subject is message or (isinstance(subject, (Batch, tuple)) and message in subject)
+            for subject in list(self._inside)
         )
+
+    async def returned(self, message: Message[Any]) -> None:
+        """Return when no thread runs this message any more."""
+        while self.holds(message):
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+
+    def _answer(self, future: asyncio.Future[Any], value: Any, failure: BaseException | None) -> None:
+        _answer(future, value, failure)
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _work(self) -> None:
         while True:
-            subject, loop, future = self._queue.get()
+            subject, context, loop, future = self._queue.get()
             self._inside.add(subject)  # first, so that whoever cancels afterwards knows of it
             value: Any = None
             failure: BaseException | None = None
             if not future.cancelled():
                 try:
-                    value = self._function(subject)
+                    value = context.run(self._function, subject)
                     if inspect.isawaitable(value):
                         raise returned_awaitable(self._function, value)
                 except BaseException as error:
@@ -75,10 +94,11 @@ class ThreadCalls:
             self._inside.discard(subject)
             self.abandoned.discard(subject)
             try:
-                loop.call_soon_threadsafe(_answer, future, value, failure)
+                loop.call_soon_threadsafe(self._answer, future, value, failure)
             except RuntimeError:
                 return  # the loop is closed: nobody waits any more
-            del subject, loop, future, value, failure  # nothing of a message stays alive while the thread waits
+            # Nothing of a message stays alive while the thread waits.
+            del subject, context, loop, future, value, failure
 
 
 def returned_awaitable(function: Any, value: Any) -> TypeError:

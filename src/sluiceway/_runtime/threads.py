@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -16,17 +17,21 @@ from .batchers import Batchers
 from .failures import Failures
 from .processors import NEARLY, SWEEPS
 from .settler import PipelineSettler
+from .spans import Spans
 from .spec import PipelineSpec
 from .thread_calls import returned_awaitable
+
+log = logging.getLogger("sluiceway")
 
 
 class _Slot:
     """What one thread is doing. `claim` holds its message: whoever takes it out says how the message ended."""
 
-    __slots__ = ("claim", "seen", "since")
+    __slots__ = ("claim", "overdue", "seen", "since")
 
     def __init__(self) -> None:
         self.claim: list[Message[Any]] = []
+        self.overdue: Message[Any] | None = None  # abandoned, and to be settled when the thread returns
         self.seen: Message[Any] | None = None
         self.since = 0.0
 
@@ -49,7 +54,9 @@ class ThreadProcessors:
         self.on_finished: Callable[[Message[Any]], None] | None = None
         self.on_crash: Callable[[BaseException], None] = _raise
         self.on_exhausted: Callable[[], None] = _nothing
+        self.on_abandoned: Callable[[Message[Any]], None] = _nothing_with
         self.still_on_thread: Callable[[Message[Any]], bool] = _always
+        self._handle: Callable[[Message[Any]], Any] = spec.handle  # looked up for each message: listeners come and go
         self._abandoned: set[_Slot] = set()  # until they return, if ever
         self._threads = 0
         self._closed = False
@@ -64,6 +71,9 @@ class ThreadProcessors:
         self._sweep: asyncio.TimerHandle | None = None
         if spec.timeout is not None:
             self._sweep = self._loop.call_later(spec.timeout / SWEEPS, self._sweep_slots, spec.timeout)
+
+    def listeners_changed(self, spans: Spans) -> None:
+        self._handle = spans.handler_on_thread(self.spec.handle)
 
     @property
     def unstarted(self) -> int:
@@ -80,6 +90,7 @@ class ThreadProcessors:
     def put(self, messages: Sequence[Message[Any]]) -> None:
         """Queue messages, in order."""
         self._inside += len(messages)
+        self._note_occupancy()
         for message in messages:
             self._queue.put(message)
         while len(self._slots) < min(self.spec.concurrency, self._inside):
@@ -96,6 +107,7 @@ class ThreadProcessors:
                 self._inside -= 1
                 if message.state == QUEUED:
                     taken.append(message)
+        self._note_occupancy()
         return taken
 
     def holds(self, message: Message[Any]) -> bool:
@@ -105,6 +117,9 @@ class ThreadProcessors:
     def cancel(self) -> int:
         """A thread cannot be cut off: what it runs stays unsettled, and comes back when the process is gone."""
         return 0
+
+    async def end(self) -> None:
+        pass
 
     def close(self) -> Collection[asyncio.Task[None]]:
         if self._sweep is not None:
@@ -125,7 +140,7 @@ class ThreadProcessors:
         threading.Thread(target=self._work, args=(slot,), name=name, daemon=True).start()
 
     def _work(self, slot: _Slot) -> None:
-        get, done, handle, decode = self._queue.get, self._done, self.spec.handle, self.spec.decode
+        get, done, decode = self._queue.get, self._done, self.spec.decode
         settler, claim = self.settler, slot.claim
         while not self._closed:
             message = get()
@@ -139,6 +154,7 @@ class ThreadProcessors:
                 claim.append(message)
                 try:
                     message.payload = message.body if decode is None else decode(message.body)
+                    handle = self._handle
                     value = handle(message)
                     if inspect.isawaitable(value):
                         raise returned_awaitable(handle, value)
@@ -160,9 +176,16 @@ class ThreadProcessors:
 
     def _returned_late(self, slot: _Slot) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._abandoned.discard, slot)
+            self._loop.call_soon_threadsafe(self._ended_late, slot)
         except RuntimeError:
             return  # the loop is closed
+
+    def _ended_late(self, slot: _Slot) -> None:
+        self._abandoned.discard(slot)
+        message, slot.overdue = slot.overdue, None
+        if message is not None and not self._closed:
+            self.settler.overdue.discard(message)
+            self._fail([message])
 
     def _collect(self) -> None:
         """Take what threads have finished since the last call."""
@@ -179,10 +202,18 @@ class ThreadProcessors:
                 message.error = error
                 failed.append(message)
         if failed:
-            task = self._loop.create_task(self.failures.failed(failed))
-            self._failing.add(task)
-            task.add_done_callback(self._failing_ended)
+            self._fail(failed)
+        self._note_occupancy()
         self.on_idle()
+
+    def _note_occupancy(self) -> None:
+        running = min(self._inside, self.spec.concurrency)
+        self.settler.occupancy.processing(self._loop.time(), running, self.spec.concurrency - running)
+
+    def _fail(self, messages: list[Message[Any]]) -> None:
+        task = self._loop.create_task(self.failures.failed(messages))
+        self._failing.add(task)
+        task.add_done_callback(self._failing_ended)
 
     def _finish(self, message: Message[Any], value: Any) -> BaseException | None:
         if message.state != RUNNING:
@@ -191,7 +222,7 @@ class ThreadProcessors:
             self.settler.ack(message)
         else:
             try:
-                change = self.batchers.add(message, value)
+                change = self.batchers.take(message, value)
                 if change is not None:
                     self.batchers.changed(message, change)
             except Exception as error:
@@ -229,14 +260,29 @@ class ThreadProcessors:
             f"{self.spec.name}: message {message.id} ran over {timeout} s; a thread cannot be cancelled, "
             "so it is abandoned and another takes its place"
         )
-        self._done.append((message, None, error))
+        if self.spec.ordered and message.key is not None:
+            self._hold(slot, message, error)
+        else:
+            self._done.append((message, None, error))
         self._collect()
         self._start()
         if len(self._abandoned) >= self.spec.concurrency:
             self.on_exhausted()
 
+    def _hold(self, slot: _Slot, message: Message[Any], error: BaseException) -> None:
+        """Settle an abandoned message only when its thread returns, so that nothing of its key passes it."""
+        log.error("%s; it stays unsettled until then, and later ones of key %r wait", error, message.key)
+        message.error, slot.overdue = error, message
+        self._inside -= 1
+        self.settler.overdue.add(message)
+        self.on_abandoned(message)
+
 
 def _nothing() -> None:
+    pass
+
+
+def _nothing_with(message: Message[Any]) -> None:
     pass
 
 

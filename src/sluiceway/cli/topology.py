@@ -66,7 +66,7 @@ def describe(app: App, definition: ConsumerDef) -> ConsumerView:
         group=group,
         payload=_type_name(getattr(definition, "payload_type", None)),
         concurrency=definition.value("concurrency"),
-        runs_on="tasks" if _runs_in_loop(definition) else "threads",
+        runs_on="tasks" if _runs_in_loop(app, definition) else "threads",
         batchers=tuple(
             BatcherView(
                 name=name, size=one.size, seconds=one.timeout, keyed=one.key is not None, concurrency=one.concurrency
@@ -122,8 +122,8 @@ def _effective(definition: ConsumerDef) -> dict[str, Resolved]:
     return options
 
 
-def _runs_in_loop(definition: ConsumerDef) -> bool:
-    if definition.value("middleware"):
+def _runs_in_loop(app: App, definition: ConsumerDef) -> bool:
+    if app.middleware or definition.value("middleware"):
         return True
     if isinstance(definition, FunctionConsumer):
         return is_async(definition.function)

@@ -1,0 +1,78 @@
+"""The pytest plugin: `@pytest.mark.virtual_time`.
+
+A module of its own, since pytest imports it at every start in every project that has Sluiceway installed: inside the
+package it would load the package. It does nothing until a test has the mark.
+
+Under pytest-asyncio the test and its async fixtures get a loop in virtual time. A test that no async plugin runs is run
+here. Under anyio the loop is chosen by the `anyio_backend` fixture, so the mark checks that it is right.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import pytest
+
+MARK = "virtual_time"
+ANYIO = """\
+anyio chooses the loop, so the mark virtual_time cannot; choose it by a fixture:
+
+    @pytest.fixture
+    def anyio_backend():
+        return "asyncio", {"loop_factory": VirtualClockLoop}  # from sluiceway.testing
+"""
+
+
+class _Factories:
+    """Answers pytest-asyncio's question for the loop of a test."""
+
+    @pytest.hookimpl(tryfirst=True, optionalhook=True)
+    def pytest_asyncio_loop_factories(self) -> Mapping[str, Callable[[], Any]]:
+        from sluiceway.testing import VirtualClockLoop
+
+        return {"virtual time": VirtualClockLoop}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"{MARK}: runs an async test in virtual time, where waiting takes no time")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Generator[None, object, object]:
+    """Answer while the marked test is asked for, and at no other time: all other tests keep their project's loops."""
+    if metafunc.definition.get_closest_marker(MARK) is None:
+        return (yield)
+    plugins = metafunc.config.pluginmanager
+    factories = _Factories()
+    plugins.register(factories)
+    try:
+        return (yield)
+    finally:
+        plugins.unregister(factories)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a marked test that is a coroutine function still: nobody else has made it an ordinary one."""
+    if pyfuncitem.get_closest_marker(MARK) is None:
+        return None
+    config = pyfuncitem.config
+    if config.pluginmanager.hasplugin("asyncio") and pyfuncitem.get_closest_marker("asyncio") is not None:
+        if not hasattr(config.hook, "pytest_asyncio_loop_factories"):
+            pytest.fail("the mark virtual_time needs pytest-asyncio 1.4 or later", pytrace=False)
+        return None
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None  # an ordinary test among those that a module has marked: it has no loop
+    from sluiceway.testing import VirtualClockLoop, run
+
+    if "anyio_backend" in pyfuncitem.funcargs:
+        backend = pyfuncitem.funcargs["anyio_backend"]
+        options = backend[1] if isinstance(backend, tuple) else {}
+        if options.get("loop_factory") is not VirtualClockLoop:
+            pytest.fail(ANYIO, pytrace=False)
+        return None
+    names = inspect.signature(pyfuncitem.obj).parameters
+    run(pyfuncitem.obj(**{name: value for name, value in pyfuncitem.funcargs.items() if name in names}))
+    return True

@@ -1,0 +1,198 @@
+"""What a pipeline says of itself: counts at one moment, rates, and where the time of its messages goes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from sluiceway import Batch, Message, Pipeline, PipelineStats
+from sluiceway.message import Settlement
+
+from .recording import Broker, bodies, running
+
+virtual_time = pytest.mark.virtual_time
+
+
+def stats(pipeline: Pipeline) -> PipelineStats:
+    found = pipeline.stats()
+    assert found is not None
+    return found
+
+
+def spent(pipeline: Pipeline) -> dict[str, float]:
+    """Where the time went, without what took none."""
+    found = stats(pipeline).spent
+    assert found is not None
+    return {name: value for name in found.__struct_fields__ if (value := round(getattr(found, name), 2))}
+
+
+def feed(broker: Broker, count: int, seconds: float) -> asyncio.Task[None]:
+    """Publish `count` messages, one every so many seconds."""
+
+    async def put() -> None:
+        for number in range(count):
+            broker.put(str(number))
+            await asyncio.sleep(seconds)
+
+    return asyncio.create_task(put())
+
+
+@virtual_time
+async def test_each_count_is_where_the_messages_are() -> None:
+    broker = Broker(*bodies(20))
+    finish, hold = asyncio.Event(), asyncio.Event()
+
+    async def handle(message: Message[bytes]) -> None:
+        if int(message.body) > 7:
+            await finish.wait()
+
+    async def book(batch: Batch[None]) -> None:
+        await finish.wait()
+
+    async def settle(acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> None:
+        await hold.wait()
+
+    broker.on_settle = settle
+    pipeline = Pipeline(broker.open, handle, batch=book, concurrency=2, batch_size=4, batch_timeout=99.0)
+    async with running(pipeline, broker):
+        await asyncio.sleep(1)
+        now = stats(pipeline)
+        assert (now.batched, now.forming, now.running, now.unstarted, now.unsettled) == (4, 3, 2, 1, 0)
+        assert (now.held, now.window, now.received, now.finished, now.demand) == (10, 10, 10, 0, 0)
+        finish.set()
+        await asyncio.sleep(1)
+        now = stats(pipeline)
+        assert (now.batched, now.forming, now.running, now.unstarted, now.unsettled) == (0, 2, 0, 0, 8)
+        assert (now.held, now.received, now.finished, now.demand) == (10, 10, 0, 0)
+        hold.set()
+        await broker.settled(16)
+
+
+@virtual_time
+async def test_a_slow_handler_is_where_the_time_goes() -> None:
+    broker = Broker()
+
+    async def handle(message: Message[bytes]) -> None:
+        await asyncio.sleep(0.5)
+
+    pipeline = Pipeline(broker.open, handle, concurrency=2)
+    async with running(pipeline, broker):
+        feeding = feed(broker, 200, 0.25)
+        await asyncio.sleep(30)
+        assert spent(pipeline) == {"running": pytest.approx(0.5, rel=0.1)}
+        now = stats(pipeline)
+        assert (now.receive_rate, now.finish_rate) == pytest.approx((4, 4), rel=0.05)
+        await feeding
+
+
+@virtual_time
+async def test_messages_that_come_faster_than_they_are_handled_wait_for_a_processor() -> None:
+    broker = Broker(*bodies(2000))
+
+    async def handle(message: Message[bytes]) -> None:
+        await asyncio.sleep(0.5)
+
+    pipeline = Pipeline(broker.open, handle, concurrency=2, max_demand=10)
+    async with running(pipeline, broker):
+        await asyncio.sleep(60)
+        found = spent(pipeline)
+        assert found["running"] == pytest.approx(0.5, rel=0.15)
+        assert found["unstarted"] == pytest.approx(10 / 4 - 0.5, rel=0.3)  # Little: about ten held, four a second
+        assert found.keys() == {"running", "unstarted"}
+        broker.waiting.clear()
+
+
+@virtual_time
+async def test_processors_that_wait_for_the_broker_say_so() -> None:
+    broker = Broker()
+
+    async def handle(message: Message[bytes]) -> None:
+        await asyncio.sleep(0.1)
+
+    pipeline = Pipeline(broker.open, handle, concurrency=1)
+    async with running(pipeline, broker):
+        feeding = feed(broker, 100, 0.3)
+        await broker.settled(100)
+        assert spent(pipeline) == {"running": pytest.approx(0.1), "waiting": pytest.approx(0.2, abs=0.02)}
+        await feeding
+
+
+@virtual_time
+async def test_a_slow_settle_is_where_the_time_goes() -> None:
+    broker = Broker()
+
+    async def slow(acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> None:
+        await asyncio.sleep(0.5)
+
+    broker.on_settle = slow
+
+    async def handle(message: Message[bytes]) -> None:
+        if message.body == b"7":
+            raise RuntimeError("no")
+
+    pipeline = Pipeline(broker.open, handle, concurrency=1)
+    async with running(pipeline, broker):
+        feeding = feed(broker, 20, 1.0)
+        await broker.settled(19)
+        found = spent(pipeline)
+        del found["waiting"]
+        assert found == {"unsettled": pytest.approx(0.5, abs=0.01)}
+        await feeding
+
+
+@virtual_time
+async def test_batches_tell_the_wait_for_the_batch_from_its_handler() -> None:
+    broker = Broker()
+
+    async def handle(message: Message[bytes]) -> None: ...
+
+    async def book(batch: Batch[None]) -> None:
+        await asyncio.sleep(0.25)
+
+    pipeline = Pipeline(broker.open, handle, batch=book, concurrency=1, batch_size=5, batch_timeout=99.0)
+    async with running(pipeline, broker):
+        feeding = feed(broker, 100, 0.5)
+        await asyncio.sleep(45.1)
+        found = spent(pipeline)
+        found.pop("waiting")
+        assert found == {"batched": pytest.approx(0.25, abs=0.03), "forming": pytest.approx(1.0, rel=0.15)}
+        await feeding
+
+
+async def test_handlers_on_threads_are_counted_too() -> None:
+    broker = Broker(*bodies(40))
+    inside = threading.local()
+
+    def handle(message: Message[bytes]) -> None:
+        inside.since = time.monotonic()
+        while time.monotonic() - inside.since < 0.02:
+            time.sleep(0.002)
+
+    pipeline = Pipeline(broker.open, handle, concurrency=2)
+    async with running(pipeline, broker):
+        await broker.settled(40)
+        found = stats(pipeline).spent
+        assert found is not None
+        assert 0.015 < found.running < 0.2
+        assert found.forming == found.batched == 0
+
+
+@virtual_time
+async def test_a_pipeline_that_is_down_spends_no_time() -> None:
+    broker = Broker(*bodies(5))
+
+    async def handle(message: Message[bytes]) -> None: ...
+
+    pipeline = Pipeline(broker.open, handle)
+    assert pipeline.stats() is None
+    async with running(pipeline, broker):
+        await broker.settled(5)
+        await asyncio.sleep(1)
+        assert stats(pipeline).spent is not None
+    last = stats(pipeline)
+    assert (last.spent, last.finish_rate, last.finished) == (None, 0.0, 5)
