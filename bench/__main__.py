@@ -13,12 +13,19 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import latency, memory, memory_use, sqlite, threads
+from . import latency, memory, memory_use, processes, sqlite, threads
 from .child import ROOT, pin
 from .pairs import Case, Outcome, run_case
 from .report import line, machine, table, write_docs, write_json
 
-CASES: tuple[Case, ...] = (*memory.CASES, *threads.CASES, *sqlite.CASES, *latency.CASES, *memory_use.CASES)
+CASES: tuple[Case, ...] = (
+    *memory.CASES,
+    *threads.CASES,
+    *processes.CASES,
+    *sqlite.CASES,
+    *latency.CASES,
+    *memory_use.CASES,
+)
 RESULTS = ROOT / "bench" / "results" / "latest.json"
 DOCS = ROOT / "docs" / "benchmarks.md"
 QUICK = 0.1  # of the messages and seconds

@@ -17,12 +17,12 @@ from .message import Message, Refused, Settlement
 
 
 class Acknowledger:
-    """Override one or both; each may be a plain `def` or an `async def`.
+    """What is told of a consumer's settles: override one or both; each may be a plain `def` or an `async def`.
 
-    There is one call of each per settle: `acks` are plain successes; `others` are retries, dead letters, releases, parked
-    messages, and successes that publish something (their outcome is "ack"). One of the two lists is empty. The settle
-    waits for `before_settle`, and no slot of the window is free before `after_settle` has returned: be quick. They run in
-    the pipeline's loop, in the order in which they were declared; calls for acks and for others may overlap.
+    There is one call of each per settle: `acks` are plain successes; `others` are retries, dead letters, releases,
+    parked messages, and successes that publish something (their outcome is "ack"). One of the two lists is empty. The
+    settle waits for `before_settle`, and no slot of the window is free before `after_settle` has returned: be quick.
+    They run in the pipeline's loop, in the order in which they were declared; calls for acks and for others may overlap.
     """
 
     def before_settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Awaitable[None] | None:

@@ -47,9 +47,9 @@ class Consumer(Generic[T]):
     def prepare(self, messages: Sequence[Message[T]]) -> Awaitable[None] | None:
         """See all messages of one receive before their handlers run: to load at once what each of them needs.
 
-        Their payloads are decoded (unless a middleware decodes), and what cannot be decoded has failed already and is
-        not here. What it loads for a message it may leave in `message.value`, where the handler finds it. It returns
-        nothing: all messages go on. After `message.fail(...)` a message's handler does not run. When `prepare` raises or
+        Their payloads are decoded (unless a middleware decodes), and what cannot be decoded has failed already and
+        is not here. What it loads for a message it may leave in `message.value`, where the handler finds it. It
+        returns nothing: all messages go on. After `message.fail(...)` a message's handler does not run. When `prepare` raises or
         runs over the consumer's `timeout`, all its messages fail as if their handlers had. One call at a time, in order;
         the next receive waits for it. A plain `def` runs on a thread.
         """
@@ -62,7 +62,8 @@ class Consumer(Generic[T]):
     def handle_failed(self, messages: Sequence[Message[T]]) -> Awaitable[None] | None:
         """Learn of messages that are not tried again, before they are dead-lettered. `message.error` says why.
 
-        Not called for a message that killed its process: it would be in hand here too.
+        Not called for a message that killed its process, since it would be in hand here too; but for one that killed a
+        worker process (`executor="process"`), where this runs elsewhere.
         """
         return None
 

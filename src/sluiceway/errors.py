@@ -14,7 +14,7 @@ SluicewayError
 ├── ForeignMessage         a batch handler failed a message of another batch
 ├── AlreadySettled         a message was settled before
 ├── LeaseLost              an early ack came too late: another consumer has the message
-├── KilledItsProcess       a message's process died under it as often as it has attempts
+├── KilledItsProcess       a message's process died under it
 └── PipelineFailed         a pipeline crashed more often than `max_restarts` allows
 
 Directive                  raised by handlers to say how their message ends
@@ -96,7 +96,10 @@ class LeaseLost(SluicewayError):
 
 
 class KilledItsProcess(SluicewayError):
-    """A message whose process died under it as often as it has attempts: why its dead letter is one."""
+    """A message's process died under it, as often as it has attempts: why its dead letter is one.
+
+    With `executor="process"` each death of a worker process fails the message that it ran with this.
+    """
 
 
 class PipelineFailed(SluicewayError):

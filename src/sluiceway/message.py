@@ -188,7 +188,7 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
     - `id`: stable over retries and redeliveries; ours, never the broker's key.
     - `timestamp`: when it was published, seconds since 1970.
     - `attempt`: 1 for the first; 1 + failures + suspicions, both kept by the broker.
-    - `value`: what the handler returned; what its batch receives. Before that, what `prepare` left here for the handler.
+    - `value`: what the handler returned; what its batch receives. Before that, what `prepare` left for the handler.
     - `deliveries`: how often the broker handed it over, without releases; evidence, not the count of attempts.
     """
 
@@ -272,7 +272,7 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
             ("on_success", on_success, ("ack", "dead_letter", "release")),
             ("on_failure", on_failure, (None, "retry", "dead_letter", "drop", "release")),
         ):
-            if not (value is None or isinstance(value, str)) or value not in allowed:
+            if value not in allowed:
                 listed = ", ".join(map(repr, allowed))
                 raise OptionError(f"message.configure: {name} must be one of {listed}; got {value!r}")
         if not (retry is None or isinstance(retry, Retry)):

@@ -23,7 +23,7 @@ class LanesMachine(RuleBasedStateMachine):
     """Lanes beside a simple model, used as the runtime uses them.
 
     The model knows per key which deliveries are in hand, in order of arrival, and which of them are on their way back.
-    A key may start one delivery when none of it runs and none is on its way back.
+    A key may start one delivery when none of it runs and no earlier one is on its way back.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,8 @@ class LanesMachine(RuleBasedStateMachine):
         assert one.state == QUEUED
         if one.key is not None:
             assert not self.busy(one.key)
-            assert not self.is_shut(one.key)
+            behind = [other for other in self.back if other.key == one.key]
+            assert all(self.number[id(other)] > self.number[id(one)] for other in behind)
         assert one not in self.started
         self.started.append(one)
 
@@ -60,7 +61,7 @@ class LanesMachine(RuleBasedStateMachine):
         while following is not None and following.state != QUEUED:
             following = self.lanes.finish(following)
         waiting = self.waiting[key] if key is not None else []
-        free = key is not None and not self.busy(key) and not self.is_shut(key)
+        free = key is not None and not self.busy(key)
         expected = waiting.pop(0) if free and waiting else None
         assert following is expected
         if following is not None:

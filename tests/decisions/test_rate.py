@@ -54,7 +54,8 @@ def test_it_opens_when_it_says_and_not_before(limit: Limit, steps: list[tuple[fl
     rate, now = Rate(limit), 0.0
     for step, wanted in steps:
         now += step * limit.seconds
-        rate.take(now, min(wanted, rate.free(now)))
+        if count := min(wanted, rate.free(now)):
+            rate.take(now, count)
         at = rate.opens_at(now)
         assert (at <= now) == (rate.free(now) > 0)
         more, free = rate.grows_at(now), rate.free(now)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -34,9 +34,10 @@ class Settler:
     def __init__(self) -> None:
         self.settled: list[Message[Any]] = []
 
-    async def settle_now(self, message: Message[Any]) -> None:
-        message.state = SETTLED
-        self.settled.append(message)
+    async def settle_now(self, messages: Sequence[Message[Any]]) -> None:
+        for one in messages:
+            one.state = SETTLED
+        self.settled += messages
 
     def encode(self, payload: Any) -> bytes:
         return encode(payload)

@@ -64,6 +64,47 @@ def test_a_listener_that_raises_is_detached_once_and_the_others_still_hear(caplo
     assert not telemetry.wants(Settled)
 
 
+def test_what_attach_returns_detaches_only_that() -> None:
+    heard: list[Any] = []
+    telemetry = Telemetry()
+    telemetry.attach(heard.append, Settled)
+    attached = telemetry.attach(heard.append, Received)
+    with telemetry.attach(heard.append, Received):
+        telemetry.emit(RECEIVED)
+    assert heard == [RECEIVED, RECEIVED]
+    attached.detach()
+    attached.detach()
+    telemetry.emit(RECEIVED)
+    telemetry.emit(SETTLED)
+    assert heard == [RECEIVED, RECEIVED, SETTLED]
+
+
+def test_a_listener_may_detach_itself_or_another_while_it_is_called() -> None:
+    heard: list[str] = []
+    telemetry = Telemetry()
+    first = telemetry.attach(lambda event: (heard.append("first"), first.detach(), second.detach()), Received)
+    second = telemetry.attach(lambda event: heard.append("second"), Received)
+    telemetry.emit(RECEIVED)
+    telemetry.emit(RECEIVED)
+    assert heard == ["first"]
+
+
+def test_whoever_watches_is_told_when_listeners_come_and_go() -> None:
+    telemetry = Telemetry()
+    seen: list[bool] = []
+
+    def changed() -> None:
+        seen.append(telemetry.wants(Settled, Received))
+
+    telemetry.watch(changed)
+    attached = telemetry.attach(lambda event: None, Received)
+    attached.detach()
+    telemetry.unwatch(changed)
+    telemetry.unwatch(changed)
+    telemetry.attach(lambda event: None)
+    assert seen == [True, False]
+
+
 def test_every_event_says_what_it_means_and_cannot_be_changed() -> None:
     for kind in Event.__subclasses__():
         assert kind.__doc__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ from sluiceway import Message, Pipeline
 
 from ..runtime.recording import Broker, running
 from . import handlers
-from .conftest import runs
+from .conftest import runs, until
 from .handlers import Told
 
 
@@ -20,9 +19,7 @@ async def sent_ahead(broker: Broker, told: Told) -> None:
     """Let a worker learn that messages are quick, and then run one that is not, with others behind it."""
     await broker.settled(50)
     broker.put("sleep 1.0", *["ok"] * 15)
-    async with asyncio.timeout(20):
-        while not any(what == "sleep 1.0" for _, what in told.all("start")):
-            await asyncio.sleep(0.01)
+    await until(lambda: any(what == "sleep 1.0" for _, what in told.all("start")))
 
 
 async def test_what_was_sent_ahead_goes_back_at_once_and_what_runs_finishes(told: Told) -> None:
@@ -46,9 +43,7 @@ async def test_what_runs_at_the_deadline_is_cut_off_and_released_once_it_is_dead
     broker = Broker("wait 60" if handler is handlers.act_async else "sleep 60", "ok", "ok")
     pipeline = Pipeline(broker.open, handler, executor="process", concurrency=1, max_demand=3, shutdown_timeout=0.1)
     async with running(pipeline, broker):
-        async with asyncio.timeout(20):
-            while not told.all("start"):
-                await asyncio.sleep(0.01)
+        await until(lambda: told.all("start"))
         pid = told.all("start")[0][0]
     assert [(one.outcome, one.counted) for one in broker.ended] == [("release", False)] * 3
     assert broker.source.keep == []
@@ -60,9 +55,7 @@ async def test_a_coroutine_that_is_cut_off_may_clean_up(told: Told) -> None:
     broker = Broker("wait 60")
     pipeline = Pipeline(broker.open, handlers.act_async, executor="process", concurrency=1, shutdown_timeout=0.1)
     async with running(pipeline, broker):
-        async with asyncio.timeout(20):
-            while not told.all("start"):
-                await asyncio.sleep(0.01)
+        await until(lambda: told.all("start"))
     assert len(told.all("cancelled")) == 1
 
 
@@ -86,9 +79,7 @@ async def test_a_drain_under_middleware_kills_what_runs_at_the_deadline(told: To
         broker.open, handlers.act, executor="process", concurrency=1, shutdown_timeout=0.1, middleware=[through]
     )
     async with running(pipeline, broker):
-        async with asyncio.timeout(20):
-            while not told.all("start"):
-                await asyncio.sleep(0.01)
+        await until(lambda: told.all("start"))
         pid = told.all("start")[0][0]
     assert broker.outcomes("m1") == ["release"]
     assert not runs(pid)

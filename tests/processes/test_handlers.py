@@ -148,9 +148,9 @@ async def test_an_early_ack_says_that_it_cannot_be(handler: Any, why: str, told:
 
 async def test_an_exit_in_a_worker_stops_the_pipeline(told: Told) -> None:
     broker = Broker("exit-app 3")
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as left:
         await Pipeline(broker.open, handlers.act, executor="process", concurrency=1).run()
-    assert exit.value.code == 3
+    assert left.value.code == 3
     assert broker.outcomes("m1") == ["retry"]
     broker.check()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sluiceway import Acknowledger, App, Batch, LeaseLost, Message, Pipeline, Retry
+from sluiceway import Acknowledger, AlreadySettled, App, Batch, ForeignMessage, LeaseLost, Message, Pipeline, Retry
 from sluiceway.message import Refused, Settlement
 from sluiceway.transports.memory import MemoryTransport
 
@@ -263,3 +263,33 @@ async def test_a_batch_that_acks_what_another_has_by_now_is_told_when_all_have_e
         await broker.settled(2)
         await asyncio.sleep(1)
     assert "m2" in str(errors[0])
+
+
+async def test_a_batch_acks_nothing_when_one_is_not_of_it_or_was_settled() -> None:
+    broker = Broker(*bodies(4))
+    errors: list[str] = []
+    first: list[Message[Any]] = []
+
+    async def same(message: Message[bytes]) -> bytes:
+        return message.body
+
+    async def book(batch: Batch[bytes]) -> None:
+        if not first:
+            first.append(batch[0])
+            await batch[0].ack()
+            with pytest.raises(AlreadySettled) as settled:
+                await batch.ack(batch[:])
+            errors.append(str(settled.value))
+        else:
+            with pytest.raises(ForeignMessage) as foreign:
+                await batch.ack([batch[0], first[0]])
+            errors.append(str(foreign.value))
+        assert broker.acked in (["m1"], ["m1", "m2"])
+
+    async with running(Pipeline(broker.open, same, batch=book, batch_size=2, concurrency=1), broker):
+        await broker.settled(4)
+    assert errors == [
+        "message m1 of 'source' is settled already",
+        "message m1 of 'source' is not of this batch of 2",
+    ]
+    assert broker.acked == ["m1", "m2", "m3", "m4"]

@@ -137,13 +137,12 @@ async def test_a_split_makes_a_batch_full_by_what_is_in_it() -> None:
 async def test_a_split_by_bytes_and_the_size_both_make_a_batch_full() -> None:
     broker = Broker("aaaa", "bb", "c", "d", "e", "f")
     seen: list[Any] = []
-    app_batch = Split.bytes(6)
 
     async def book(batch: Batch[bytes]) -> None:
         seen.append((batch.info.trigger, len(batch)))
 
     definition: FunctionConsumer[Any, Any] = FunctionConsumer(same, ("source",), {"payload": bytes, "concurrency": 1})
-    definition.batch(size=3, timeout=5.0, split=app_batch)(book)
+    definition.batch(size=3, timeout=5.0, split=Split.bytes(6))(book)
     pipeline = Pipeline(broker.open, same)
     pipeline._spec = make_spec(definition, definition.bind(NO_CONTEXT), group="default")
     async with running(pipeline, broker):

@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sluiceway import Message, OptionError, Outgoing, Pipeline, PipelineFailed, PublishError, Release, Retry, RetryLater
+from sluiceway import (
+    Message,
+    OptionError,
+    Outgoing,
+    Pause,
+    Pipeline,
+    PipelineFailed,
+    PublishError,
+    Release,
+    Retry,
+    RetryLater,
+)
 from sluiceway.source import Source, SourceInfo
 from sluiceway.sources import Feed
 from sluiceway.testing import run
@@ -278,6 +289,20 @@ async def test_what_a_feed_puts_out_when_a_drain_begins_is_handled() -> None:
     assert feed.of("ended")[-2:] == [101, 102]
 
 
+async def test_what_it_put_out_and_nobody_took_stays_for_the_next_run() -> None:
+    feed = Numbers(0)
+    feed.last = [101, 102]
+    gate = Pause()
+    pipeline = Pipeline(feed.open, nothing, gates=[gate])
+    async with pipeline.running():
+        gate.close()
+    assert feed.of("ended") == []
+    feed.last = []
+    gate.open()
+    await finish(feed, pipeline)
+    assert feed.of("ended") == [101, 102]
+
+
 async def test_a_transient_error_is_mended_by_itself_and_told_in_the_status() -> None:
     feed = Numbers(5)
     feed.errors = [ConnectionError("no route"), TimeoutError("slow")] * 3
@@ -424,6 +449,24 @@ async def test_an_async_iterator_is_drawn_by_demand_and_survives_a_restart_and_a
             assert len(drawn) <= len(handled) + 5 + 1
     await finish(feed, pipeline)
     assert sorted(handled) == list(range(50))
+
+
+async def test_an_async_iterator_is_at_most_one_event_ahead_of_the_window() -> None:
+    drawn: list[int] = []
+
+    async def numbers() -> AsyncIterator[int]:
+        for number in range(50):
+            await asyncio.sleep(0.01)
+            drawn.append(number)
+            yield number
+
+    async def handle(message: Message[int]) -> None:
+        await asyncio.sleep(1000)
+
+    feed = Feed.of(numbers())
+    async with Pipeline(feed.open, handle, concurrency=1, max_demand=4, exhausted="drop", shutdown_timeout=0).running():
+        await asyncio.sleep(10)
+        assert len(drawn) in (4, 5)
 
 
 async def test_an_iterator_that_raises_is_not_at_its_end() -> None:

@@ -236,6 +236,60 @@ async def test_a_suspicion_is_written_down_by_the_source_that_gave_the_message()
     assert broker.suspected == ["m2"]
 
 
+class Leases(Queue):
+    """Its renewers note what they renew, for each source on its own."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.renewed: list[tuple[int, list[str]]] = []
+        self.gone: set[str] = set()
+        self.failing: set[int] = set()
+
+    async def open(self, info: SourceInfo) -> QueueSource:  # type: ignore[override]
+        source = await super().open(info)
+        source.lease = 30.0 + info.index
+        source.renewer = lambda: OneRenewer(self, info.index)
+        return source
+
+
+class OneRenewer:
+    def __init__(self, broker: Leases, index: int) -> None:
+        self.broker = broker
+        self.index = index
+
+    def renew(self, tokens: Sequence[Any]) -> Sequence[Any]:
+        if self.index in self.broker.failing:
+            raise OSError("away")
+        self.broker.renewed.append((self.index, sorted(tokens)))
+        return [token for token in tokens if token in self.broker.gone]
+
+    def close(self) -> None: ...
+
+
+async def test_leases_are_renewed_by_the_source_that_gave_the_message_also_when_another_cannot() -> None:
+    broker = Leases(*bodies(4), shares=2)
+    source = await merged(broker, 2, 10)
+    got: list[Message[Any]] = []
+    while len(got) < 4:
+        got += await source.receive(10 - len(got))
+    assert source.lease == 30
+    assert source.renewer is not None
+    renewer = source.renewer()
+    broker.gone = {"m3"}
+    tokens = [message.token for message in got]
+    assert renewer.renew(tokens) == ["m3"]
+    assert sorted(broker.renewed) == [(0, ["m2", "m4"]), (1, ["m1", "m3"])]
+    broker.renewed = []
+    renewer.renew([message.token for message in got if message.token == "m1"])
+    assert broker.renewed == [(1, ["m1"])]
+    broker.failing, broker.renewed = {0}, []
+    with pytest.raises(OSError, match="away"):
+        renewer.renew([*tokens, "of another time"])
+    assert broker.renewed == [(1, ["m1", "m3"])]
+    renewer.close()
+    await source.aclose()
+
+
 # -- a source that fails ---------------------------------------------------------------------------------------------
 
 
@@ -492,7 +546,7 @@ def test_cancelled_or_stopped_at_any_moment_it_leaves_nothing_held_and_nothing_l
         task = asyncio.create_task(world.pipeline.run())
         for step in steps:
             await world.do(step)
-        for _ in range(turns):
+        for _ in range(1 + turns):  # a stop before the run began would mean nothing
             await asyncio.sleep(0)
         world.pipeline.stop() if stop else task.cancel()
         await asyncio.wait((task,))

@@ -66,9 +66,7 @@ async def test_a_batch_handler_that_cancels_its_own_task_fails_its_batch_alone()
             kill_my_task()
         await asyncio.sleep(0.1)
 
-    pipeline = Pipeline(
-        broker.open, same, batch=book, batch_size=2, batch_timeout=0.5, concurrency=1, retry=QUICK
-    )
+    pipeline = Pipeline(broker.open, same, batch=book, batch_size=2, batch_timeout=0.5, concurrency=1, retry=QUICK)
     async with running(pipeline, broker):
         await broker.settled(7)
     assert broker.outcomes("m3") == broker.outcomes("m4") == ["retry", "ack"]

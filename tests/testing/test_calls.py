@@ -202,7 +202,7 @@ async def test_of_several_consumers_the_topic_chooses() -> None:
 
     assert (await test_message(app, 1, topic="a.x")).value == "first"
     assert (await test_message(app, 1, topic="b")).value == "second"
-    with pytest.raises(AppError, match=r"a topic is needed to choose a consumer; consumers: first on a.\*, second on b"):
+    with pytest.raises(AppError, match=r"a topic is needed to choose .*; consumers: first on a.\*, second on b"):
         await test_message(app, 1)
     with pytest.raises(AppError, match="topic 'c' reaches none"):
         await test_message(app, 1, topic="c")

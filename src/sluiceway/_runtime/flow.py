@@ -198,7 +198,9 @@ class Flow:
 
     def _on_thread(self, message: Message[Any]) -> bool:
         """Whether a thread runs the message's handler or batch handler, or it ignores its end: so nobody else may."""
-        return message in self.settler.overdue or self.processors.holds(message) or any(calls.holds(message) for calls in self.spec.threads)
+        if message in self.settler.overdue or self.processors.holds(message):
+            return True
+        return any(calls.holds(message) for calls in self.spec.threads)
 
     def _make_processors(self) -> Processors:
         spec = self.spec if self.spec.prepare is None else after_prepare(self.spec)

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakValueDictionary
 
 from ..gate import Gate
 
 PATIENCE = 0.25  # seconds that a receive may keep from others what it was allowed, while nothing comes
 MAX_PATIENCE = 2.0  # to which they double while nothing comes to anyone: a broker may be slow to answer
-
-
-class _Ask(NamedTuple):
-    """What one pipeline's receive waits for, and since when."""
-
-    demand: int
-    since: float
 
 
 class SharedGate:
@@ -26,26 +19,24 @@ class SharedGate:
     has asked for and not received yet is therefore set aside here, for every kind of gate.
 
     A receive may wait for hours, and with it what was set aside. So when others wait at the gate, a receive that has
-    brought nothing for `patience` seconds is taken back; and who waits gets a fair share, a single message where its
-    last receive brought none.
+    brought nothing for `patience` seconds is taken back, and its pipeline asks for a single message until one comes.
+    Those who wait share what is free.
     """
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
-        self.asks: dict[Gates, _Ask] = {}
+        self.asks: dict[Gates, tuple[int, float]] = {}  # what their receives wait for, and since when
         self.asked = 0  # the sum of them
         self.waiting: set[Gates] = set()
         self.patience = PATIENCE
 
     def allow(self, who: Gates, now: float, wanted: int) -> int:
-        """How many of `wanted` this pipeline may ask for now."""
+        """How many of `wanted` this pipeline may ask for now; none when it is below 1."""
         if not self.waiting:
-            return max(0, self.gate.allow(now, self.asked + wanted) - self.asked)
+            return self.gate.allow(now, self.asked + wanted) - self.asked
         others = len(self.waiting) - (who in self.waiting)
         free = self.gate.allow(now, self.asked + wanted * (others + 1)) - self.asked
-        if free <= 0:
-            return 0
-        return 1 if others and who.idle else min(wanted, max(1, free // (others + 1)))
+        return min(free, wanted, max(1, free // (others + 1)))
 
     def is_open(self, who: Gates, now: float) -> bool:
         """Whether the gate still allows what was asked for, and one message more when this pipeline asks for none."""
@@ -54,17 +45,17 @@ class SharedGate:
 
     def ask(self, who: Gates, now: float, count: int) -> None:
         """Set aside what a receive is about to wait for."""
-        self.asks[who] = _Ask(count, now)
+        self.asks[who] = (count, now)
         self.asked += count
 
     def answered(self, who: Gates, now: float, count: int) -> None:
         """That receive brought `count`; the rest is free again."""
-        asked = self.asks.pop(who).demand
+        asked, _ = self.asks.pop(who)
         self.asked -= asked
         if count:
             self.gate.took(now, count)
             self.patience = PATIENCE
-        if count < asked:
+        if count < asked and self.waiting:
             for other in sorted(self.waiting, key=_waits_since):
                 other.poke()
 
@@ -74,11 +65,12 @@ class SharedGate:
         more = self.gate.opens_at(now)
         if self.gate.allow(now, 1) < 1:
             return more
-        for other, ask in list(self.asks.items()):
-            if now >= ask.since + self.patience:
+        for other, (_, since) in list(self.asks.items()):
+            if now >= since + self.patience:
+                other.idle = True
                 other.take_back()
                 self.patience = min(MAX_PATIENCE, self.patience * 2)
-        later = max(now + PATIENCE, min((ask.since + self.patience for ask in self.asks.values()), default=now))
+        later = max(now + PATIENCE, min((since + self.patience for _, since in self.asks.values()), default=now))
         return later if more is None else min(later, more)
 
 
@@ -98,12 +90,15 @@ class Gates:
     def __init__(self, gates: Sequence[Gate], poke: Callable[[], Any], take_back: Callable[[], Any]) -> None:
         self.poke = poke
         self.take_back = take_back
-        self.idle = False  # the last receive brought nothing
+        self.idle = False  # a receive was taken back for others, and none has brought anything since
+        self.contended = False  # others waited at a gate when the last receive ended
         self.waits_since: float | None = None
         self._gates = [_share(gate) for gate in gates]
 
     def allow(self, now: float, wanted: int) -> int:
         """How many of `wanted` messages may be asked for now."""
+        if self.idle:
+            wanted = min(wanted, 1)
         for gate in self._gates:
             wanted = gate.allow(self, now, wanted)
             if wanted <= 0:
@@ -122,14 +117,13 @@ class Gates:
 
     def answered(self, now: float, count: int) -> None:
         """It brought `count`."""
-        self.idle = not count
+        if count:
+            self.idle = False
+        self.contended = False
         for gate in self._gates:
             gate.answered(self, now, count)
-
-    @property
-    def contended(self) -> bool:
-        """Whether other pipelines wait at one of the gates."""
-        return any(gate.waiting for gate in self._gates)
+            if gate.waiting:
+                self.contended = True
 
     def wait(self, now: float) -> float | None:
         """Wait at those gates that allow nothing; returns when to look again at the latest, None: when poked."""

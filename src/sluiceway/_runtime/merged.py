@@ -201,7 +201,7 @@ class MergedSource:
         self._wake.set()
 
     def _close_if_settled(self, opened: Opened) -> None:
-        if opened.retired and opened.held == 0 and opened in self._retired:
+        if opened.retired and opened in self._retired and not self._owners.has(opened):
             self._retired.discard(opened)
             self._in_background(self._close(opened, ()))
 
@@ -272,7 +272,8 @@ class MergedSource:
             return "stopped"
         if self._window == 0:
             return "paused"
-        return next((one for one in _BEST_FIRST if one in states), "connecting")
+        best: list[_State] = [one for one in _BEST_FIRST if one in states]
+        return best[0] if best else "connecting"
 
     async def backlog(self) -> Backlog | None:
         """The largest that a source tells of: sources of one queue all tell of the same."""

@@ -17,15 +17,13 @@ from .settler import PipelineSettler
 class LaneKeeper:
     """Starts what its lane lets start.
 
-    A lane opens when its handler returned; after a failure when its message is settled, so that a retry is at the broker
-    before anything behind it can come again; and after a timeout not before the handler has really ended. Messages of
-    one key whose handlers returned are in one forming batch at a time: when the next one goes to another, the first is
-    emitted, so that batches have an order. One lane holds at most half the window.
+    A lane opens when its handler returned; after a failure when its message is settled, so that a retry is at the
+    broker before anything behind it can come again; and after a timeout not before the handler has really ended.
+    Messages of one key whose handlers returned are in one forming batch at a time: when the next one goes to another,
+    the first is emitted, so that batches have an order. One lane holds at most half the window.
     """
 
-    def __init__(
-        self, processors: Processors, settler: PipelineSettler, window: Window, batchers: Batchers
-    ) -> None:
+    def __init__(self, processors: Processors, settler: PipelineSettler, window: Window, batchers: Batchers) -> None:
         self.arriving: Callable[[], Sequence[Message[Any]]] = _none  # received, and not put here yet
         self._lanes = Lanes()
         self._window = window
@@ -52,7 +50,7 @@ class LaneKeeper:
         self._park(back)
 
     def arrived(self, messages: Sequence[Message[Any]]) -> None:
-        """These are about to be put: a lane that is shut now may be open then, and they must not pass what goes back."""
+        """These are about to be put. A lane that is shut now may be open then; they must not pass what goes back."""
         self._park(self._lanes.shut_out(messages))
 
     def take_waiting(self) -> list[Message[Any]]:

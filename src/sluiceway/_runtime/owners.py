@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..message import Message, Refused, Settlement
 from ..source import Renewer, Source
 
 
 class Opened:
-    """One open source, and how many of its messages are in hand. It is `retired` once its `receive` has raised."""
+    """One open source. It is `retired` once its `receive` has raised."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.held = 0
         self.retired = False
 
 
@@ -26,16 +26,21 @@ class Owners:
     """
 
     def __init__(self, *, at_once: bool, settled: Callable[[Opened], None]) -> None:
-        self.of: dict[Message[Any], Opened] = {}
+        # Weak: a message whose lease was lost before it started is never settled, and just gone.
+        self.of: WeakKeyDictionary[Message[Any], Opened] = WeakKeyDictionary()
         self._at_once = at_once
         self._settled = settled
         self._answered: dict[Message[Any], Refused | None] = {}  # settled in a call that raised for another source
 
     def own(self, opened: Opened, messages: Sequence[Message[Any]]) -> Sequence[Message[Any]]:
         """Note that `opened` gave these; returns them."""
-        opened.held += len(messages)
-        self.of.update(dict.fromkeys(messages, opened))
+        for message in messages:
+            self.of[message] = opened
         return messages
+
+    def has(self, opened: Opened) -> bool:
+        """Whether some of its messages are in hand."""
+        return any(one is opened for one in self.of.values())
 
     def renewer(self) -> Renewer:
         """Renews the leases of all, each with its own source's renewer."""
@@ -92,8 +97,8 @@ class Owners:
             refused = [Refused(message, "lost", "its source failed") for message in messages]
         rejected = {id(one.message) for one in refused if one.kind == "rejected"}
         for message in messages:
-            if id(message) not in rejected and self.of.pop(message, None) is not None:
-                opened.held -= 1
+            if id(message) not in rejected:
+                self.of.pop(message, None)
         self._settled(opened)
         return refused
 
@@ -101,7 +106,7 @@ class Owners:
 class MergedRenewer:
     """Renews each lease through a renewer of the source that it came from. Used on the renewing thread alone."""
 
-    def __init__(self, of: dict[Message[Any], Opened]) -> None:
+    def __init__(self, of: WeakKeyDictionary[Message[Any], Opened]) -> None:
         self._of = of
         self._renewers: dict[Opened, Renewer] = {}
 
@@ -109,8 +114,10 @@ class MergedRenewer:
         """Raises what the last renewer that raised did, after all others have renewed."""
         wanted = set(tokens)
         parts: dict[Opened, list[Any]] = {}
-        for message, opened in list(self._of.items()):  # one step of C code: the loop changes it meanwhile
-            if message.token in wanted and opened.source.renewer is not None:
+        for reference in self._of.keyrefs():  # a list made in one step of C code: the loop changes it meanwhile
+            message = reference()
+            opened = None if message is None else self._of.get(message)
+            if message is not None and opened is not None and message.token in wanted and opened.source.renewer:
                 parts.setdefault(opened, []).append(message.token)
         lost: list[Any] = []
         failed: Exception | None = None

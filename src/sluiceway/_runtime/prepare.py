@@ -1,4 +1,4 @@
-"""What runs before the handlers of the messages of one receive: they are decoded, and the user's `prepare` has them all."""
+"""Before the handlers of the messages of one receive: they are decoded, and the user's `prepare` has them all."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class ProcessProcessors:
             self.settler.ack(message)
         else:
             self._decode(message)  # it was, in the worker; the batch handler may look at the payload here
-            change = self.batchers.add(message, value)
+            change = self.batchers.take(message, value)
             if change is not None:
                 self.batchers.changed(message, change)
         if self.on_finished is not None:

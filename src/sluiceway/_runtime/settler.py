@@ -63,12 +63,16 @@ class PipelineSettler:
 
     def ack(self, message: Message[Any]) -> None:
         """End a delivery as a success. Called once per delivery, by whoever moves it to SETTLED."""
-        self._succeed(message)
+        if message.outputs is None:
+            message.state = SETTLED
+            self.acks.append(message)
+        else:
+            self._succeed(message)
         if not self.scheduled:
             self.schedule()
 
     def _succeed(self, message: Message[Any]) -> None:
-        settlement = None if message.outputs is None else settle_success(message, self.spec.rules, now=time.time())
+        settlement = settle_success(message, self.spec.rules, now=time.time())
         message.state = SETTLED
         if settlement is None:
             self.acks.append(message)

@@ -278,7 +278,7 @@ class WorkerPool:
         for worker, messages in given.items():
             worker.give(messages)
         if not self.ready and 0 in loads.values():
-            self._spread()
+            pass
 
     def _spread(self) -> None:
         """A worker has nothing to do: call back what waits behind the message of another."""
@@ -304,6 +304,12 @@ class WorkerPool:
             self._feed()
 
     def _on_word(self, worker: Worker, word: tuple[Any, ...]) -> None:
+        try:
+            self._take_word(worker, word)
+        except Exception as error:  # in a callback of the loop, where nobody else would hear of it
+            self._user.crashed(error)
+
+    def _take_word(self, worker: Worker, word: tuple[Any, ...]) -> None:
         match word:
             case ("ended", number, entered, seconds, more, failure):
                 self._failed_starts = self._deaths = 0

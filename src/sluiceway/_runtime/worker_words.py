@@ -22,7 +22,6 @@ From a worker:
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from struct import Struct as Layout
 from typing import Any, NamedTuple
 
@@ -62,19 +61,20 @@ class Unpacker:
     def __init__(self) -> None:
         self._data = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[tuple[Any, ...]]:
+    def feed(self, data: bytes) -> list[tuple[Any, ...]]:
         """The words that are complete with `data`."""
         self._data += data
+        words: list[tuple[Any, ...]] = []
         start = 0
         while len(self._data) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._data, start)
             end = start + _LENGTH.size + length
             if len(self._data) < end:
                 break
-            word = pickle.loads(memoryview(self._data)[start + _LENGTH.size : end])
+            words.append(pickle.loads(memoryview(self._data)[start + _LENGTH.size : end]))
             start = end
-            yield word
         del self._data[:start]
+        return words
 
 
 def job_of(number: int, message: Message[Any]) -> Job:

@@ -12,6 +12,7 @@ from ..consumer import ClassConsumer, ConsumerDef, FunctionConsumer
 from ..message import DEFAULT_BATCHER
 from ..options import Resolved
 from ..pipeline import check_features, window_bounds
+from ..remote import remote_handler
 from ..signatures import is_async
 
 
@@ -66,7 +67,7 @@ def describe(app: App, definition: ConsumerDef) -> ConsumerView:
         group=group,
         payload=_type_name(getattr(definition, "payload_type", None)),
         concurrency=definition.value("concurrency"),
-        runs_on="tasks" if _runs_in_loop(app, definition) else "threads",
+        runs_on=_runs_on(app, definition),
         batchers=tuple(
             BatcherView(
                 name=name, size=one.size, seconds=one.timeout, keyed=one.key is not None, concurrency=one.concurrency
@@ -120,6 +121,13 @@ def _effective(definition: ConsumerDef) -> dict[str, Resolved]:
         if options[name].origin == "default" and value != options[name].value:
             options[name] = Resolved(value, "default" if value is None else "consumer")
     return options
+
+
+def _runs_on(app: App, definition: ConsumerDef) -> str:
+    if definition.value("executor") == "process":
+        remote_handler(definition, lifespan=app.lifespan, max_payload=None, is_async=True)  # can workers find it?
+        return "processes"
+    return "tasks" if _runs_in_loop(app, definition) else "threads"
 
 
 def _runs_in_loop(app: App, definition: ConsumerDef) -> bool:

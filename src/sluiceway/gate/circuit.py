@@ -9,8 +9,7 @@ from typing import Any
 from .._decisions.breaker import Breaker, BreakerState
 from ..errors import DecodeError, Reject, Release, RetryLater
 from ..message import SETTLED, Batch, BatchHandler, Handler, Message
-from .clock import loop_time
-from .contract import Changes
+from .contract import Changes, loop_time
 
 log = logging.getLogger("sluiceway.gate")
 

@@ -10,7 +10,7 @@ from .._decisions.breaker import Breaker, BreakerState
 from ..errors import OptionError
 from ..retry import Retry
 from .circuit import Circuit, CircuitWatch
-from .clock import loop_time
+from .contract import loop_time
 
 JITTER = 0.2  # of each time that it is open, so that many processes do not try again together
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Protocol, runtime_checkable
@@ -65,6 +67,14 @@ class Watch(Protocol):
     async def batch(self, batch: Batch[Any], call_next: BatchHandler) -> Any: ...
     def failed(self, messages: Sequence[Message[Any]]) -> Mapping[Message[Any], RetryLater]: ...
     def stopped(self) -> None: ...
+
+
+def loop_time() -> float:
+    """Seconds on the running loop's clock; outside of one on the clock that asyncio's loops have."""
+    try:
+        return asyncio.get_running_loop().time()
+    except RuntimeError:
+        return time.monotonic()
 
 
 class Changes:

@@ -8,8 +8,7 @@ from typing import Any
 
 from .._decisions.rate import Limit, Rate
 from ..errors import OptionError
-from .clock import loop_time
-from .contract import Changes
+from .contract import Changes, loop_time
 
 
 class RateLimit:
@@ -21,8 +20,8 @@ class RateLimit:
 
     `burst` is the most at once; with `burst=1` messages come evenly, `seconds / messages` apart. Without it all of
     `messages` may come at once. Demand is limited before the broker is asked: what is over the limit stays there, for
-    any other process. Every delivery counts, retries too. Pipelines that share the limit share it fairly; one to which
-    no messages come leaves its part to the others, who wait a quarter of a second for it.
+    any other process. Every delivery counts, retries too. Pipelines that have messages share the limit evenly; one to
+    which none come soon keeps no more than a single message of it from the others.
 
     Each process has its own: four worker processes receive four times as much.
 

@@ -63,8 +63,8 @@ async def test_message(
 ) -> Delivery:
     """Send one message through a consumer and return how its delivery ended; a batch goes at once.
 
-    `target` is a consumer, or an app that has one for `topic` (not needed when it has a single one). Give the app when a
-    handler uses it: what `app.publish` sends is caught then, and is in `published` of what is returned. `payload`
+    `target` is a consumer, or an app that has one for `topic` (not needed when it has a single one). Give the app when
+    a handler uses it: what `app.publish` sends is caught then, and is in `published` of what is returned. `payload`
     becomes JSON, bytes go as they are. `attempt` is the number of this attempt. `context` is handed to the handlers in
     place of what the app's lifespan yields.
 

@@ -83,7 +83,7 @@ class Faults:
         """
         import random
 
-        if not (isinstance(rate, (int, float)) and 0 <= rate < 1):
+        if not 0 <= rate < 1:
             raise OptionError(f"Faults: rate must be a probability, 0 or more and below 1; got {rate!r}")
         known = {kind for some in POSSIBLE.values() for kind in some}
         if kinds is not None and not set(kinds) <= known:

@@ -16,13 +16,15 @@ from ..codec import encode, make_decoder
 from ..consumer import Bound, ConsumerDef
 from ..errors import AppError
 from ..manager import ConsumerManager
-from ..message import Batch, Outgoing, make_outgoing
+from ..message import Batch, Message, Outgoing, make_outgoing
 from ..signatures import NO_CONTEXT, is_async
 from ..transport import Transport
 from ..transports.memory import MemoryTransport
 from .faults import Faults, FaultyTransport
 from .record import Delivery, Recorder
+from .wrapping import innermost
 
+MOMENT = 0.2  # seconds in which a broker that is not in this process says what it has handed over
 SLOWEST = 1.0  # seconds between two looks at what tells nobody that it changed
 
 
@@ -39,6 +41,8 @@ class Harness:
         self.manager: ConsumerManager = app.manager
         self._names = names
         self._recorder = recorder
+        self._in_memory = isinstance(innermost(recorder), MemoryTransport)
+        self._failure: BaseException | None = None
         self._serving: asyncio.Task[None] | None = None
         self._started = asyncio.Event()
         self._killed = asyncio.Event()
@@ -99,11 +103,17 @@ class Harness:
         Follow-up messages that handlers publish are waited for too. In virtual time the longest backoff takes no time,
         in real time it takes what it takes. Raises what made the app stop.
         """
+        settled = None
         while True:
             await self.until(self._quiet)
-            if not await self._waiting():
+            if await self._waiting():
+                settled = None
+                await self._change(SLOWEST)
+            elif self._quiet() and (self._in_memory or settled == len(self._recorder.deliveries)):
                 return
-            await self._change(SLOWEST)
+            else:  # another broker may have handed over what has not arrived here yet: look again
+                settled = len(self._recorder.deliveries)
+                await asyncio.sleep(MOMENT)
 
     async def until(self, true: Callable[[], object]) -> None:
         """Return once `true()` holds, looked at whenever a message came or was settled, and each second besides.
@@ -148,7 +158,7 @@ class Harness:
         self._stop.set()
         if self._serving is not None:
             await asyncio.wait((self._serving,))
-            self._serving.result()
+            self._raise_failure()
 
     async def _serve(self) -> None:
         """Run the app until `end`, and anew after each crash: what a process manager does."""
@@ -165,15 +175,21 @@ class Harness:
                     life.cancel()
                     await asyncio.wait((life,))
             if not self._killed.is_set():
-                return life.result()
+                return
             self._killed.clear()
+            self._failure = None  # what a dying life raised is nobody's
             self._recorder.dying = False
 
     async def _live(self) -> None:
-        async with self.app.running(*self._names) as manager:
-            if not self._killed.is_set():  # it may die while it starts
-                self._started.set()
-            await manager.until(self._stop)
+        try:
+            async with self.app.running(*self._names) as manager:
+                if not self._killed.is_set():  # it may die while it starts
+                    self._started.set()
+                await manager.until(self._stop)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # an exit, raised in a task, would end the test's loop and not the test
+            self._failure = error
 
     async def _until_started(self) -> None:
         assert self._serving is not None
@@ -183,7 +199,11 @@ class Harness:
         finally:
             started.cancel()
         if not self._started.is_set():
-            self._serving.result()
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _quiet(self) -> bool:
         if self._recorder.held or not self._started.is_set():
@@ -204,7 +224,7 @@ class Harness:
     async def _change(self, seconds: float) -> bool:
         """Wait for a change at the broker, `seconds` at most; whether there was one. Raises what made the app stop."""
         if self._serving is not None and self._serving.done():
-            self._serving.result()
+            self._raise_failure()
             raise AppError("the app under test has ended")
         self._recorder.changed.clear()
         try:
@@ -292,7 +312,8 @@ def _observed(definition: ConsumerDef, group: str, recorder: Recorder) -> Consum
         if not in_loop or definition.value("executor") == "process":
             recorder.outside.add((definition.topics, group))
         told = {name: (_told(handle, recorder), batching) for name, (handle, batching) in bound.batchers.items()}
-        return replace(bound, batchers=told)
+        keeps = bound.handle if definition.value("executor") == "process" else _keeping(bound.handle, bound.is_async)
+        return replace(bound, handle=keeps, batchers=told)
 
     observed.bind = bind  # type: ignore[method-assign]
     return observed
@@ -305,3 +326,22 @@ def _told(handle: Callable[[Batch[Any]], Any], recorder: Recorder) -> Callable[[
         return handle(batch)
 
     return handle_batch
+
+
+def _keeping(handle: Callable[[Message[Any]], Any], is_async: bool) -> Callable[[Message[Any]], Any]:
+    """The handler, with what it returns left in its message, where otherwise only a batcher leaves it."""
+    if is_async:
+
+        @wraps(handle)
+        async def handle_message(message: Message[Any]) -> Any:
+            message.value = await handle(message)
+            return message.value
+
+    else:
+
+        @wraps(handle)
+        def handle_message(message: Message[Any]) -> Any:
+            message.value = handle(message)
+            return message.value
+
+    return handle_message

@@ -16,18 +16,12 @@ class SourceWrapper:
 
     def __init__(self, wrapped: Source) -> None:
         self.wrapped = wrapped
+        self.lease: float | None = wrapped.lease
+        self.renewer: Callable[[], Renewer] | None = wrapped.renewer
         self.settles_at_once: bool = getattr(wrapped, "settles_at_once", False)
         for optional in ("prepare_for_start", "prepare_for_draining"):
             if hasattr(wrapped, optional):
                 setattr(self, optional, getattr(wrapped, optional))
-
-    @property
-    def lease(self) -> float | None:
-        return self.wrapped.lease
-
-    @property
-    def renewer(self) -> Callable[[], Renewer] | None:
-        return self.wrapped.renewer
 
     async def receive(self, demand: int) -> Sequence[Message[Any]]:
         return await self.wrapped.receive(demand)
@@ -62,10 +56,7 @@ class TransportWrapper:
 
     def __init__(self, wrapped: Transport) -> None:
         self.wrapped = wrapped
-
-    @property
-    def features(self) -> Features:
-        return self.wrapped.features
+        self.features: Features = wrapped.features
 
     async def connect(self) -> None:
         await self.wrapped.connect()
