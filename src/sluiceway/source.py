@@ -18,10 +18,10 @@ What each side may rely on:
 A source may have two methods more, which are looked up once:
 
 - `async prepare_for_start(info: SourceInfo)` is awaited before the first `receive`. What it raises is a failed start.
-- `async prepare_for_draining()` is awaited when a drain begins, while no `receive` waits. Then comes `stop()`, and after
-  it `receive` is called until it returns nothing. What it returns there is handled, where a drain releases all else
-  that has not started. It is not awaited when `receive` itself has raised, and its last messages are not asked for
-  when a gate is closed. When it raises, that is logged and the drain goes on.
+- `async prepare_for_draining()` is awaited when a drain begins, while no `receive` waits. Then comes `stop()`, and
+  after it `receive` is called until it returns nothing. What it returns there is handled, where a drain releases all
+  else that has not started. It is not awaited when `receive` itself has raised, and its last messages are not asked
+  for when a gate is closed. When it raises, that is logged and the drain goes on.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Subscription(Struct, frozen=True, kw_only=True):
 class SourceInfo(Struct, frozen=True, kw_only=True):
     """For which place in a pipeline a source is opened.
 
-    It is number `index`, from 0, of the `count` sources of `pipeline`, for these topics and this group. A source that is
-    opened again after a crash gets the same index. `options` are the consumer's effective options, by name.
+    It is number `index`, from 0, of the `count` sources of `pipeline`, for these topics and this group. A source that
+    is opened again after a crash gets the same index. `options` are the consumer's effective options, by name.
     """
 
     pipeline: str

@@ -109,6 +109,7 @@ class LanesMachine(RuleBasedStateMachine):
         if one in self.overtaken:
             self.overtaken.remove(one)
             self.goes_back(one)
+            assert self.lanes.returned(one, batched=True) is None  # as the processor says of every message
         else:
             if one.key is not None:
                 self.batched[one.key].append(one)

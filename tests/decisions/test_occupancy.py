@@ -175,6 +175,21 @@ def test_what_finished_while_a_settle_was_on_its_way_waited_for_half_of_it() -> 
     assert told.unsettled == pytest.approx(1.5, abs=0.1)
 
 
+def test_messages_that_find_a_processor_idle_do_not_wait() -> None:
+    occupancy = Occupancy(0.0, processors=3)
+    queue = 0
+    occupancy.unstarted = lambda: queue
+    occupancy.received(0.0, 5, 5)
+    queue = 5
+    occupancy.queued(0.0, 5)
+    queue = 2  # the processors have taken theirs a moment later, which nobody was told
+    occupancy.processing(10.0, 3, 0)
+    occupancy.finished(10.0, 5, 0)
+    spent = occupancy.spent(10.0)
+    assert spent is not None
+    assert spent.unstarted == pytest.approx(2 * 10 / 5)
+
+
 def test_nothing_is_told_before_the_first_message_has_finished() -> None:
     occupancy = Occupancy(5.0, processors=3)
     assert (occupancy.spent(5.0), occupancy.rates(5.0)) == (None, (0.0, 0.0))

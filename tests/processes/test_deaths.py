@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
-from sluiceway import App, Message, Pipeline, PipelineFailed, Retry
+from sluiceway import App, HandlerTimeout, Message, Pipeline, PipelineFailed, Retry
+from sluiceway._runtime.spec import RemoteHandler
+from sluiceway._runtime.worker import Worker
+from sluiceway._runtime.worker_pool import WorkerPool
 
 from ..runtime.recording import Broker, bodies, running
 from . import handlers
@@ -179,7 +182,7 @@ async def test_a_worker_ignores_signals_that_are_meant_for_its_pipeline(number: 
         os.kill(told.all("start")[0][0], number)
         await broker.settled(1)
     assert broker.acked == ["m1"]
-    assert len(told.all("end")) == 1
+    assert len(told.all("start")) == len(told.all("end")) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -226,3 +229,66 @@ async def test_a_crash_of_the_pipeline_leaves_no_worker_and_loses_nothing(told: 
         assert first, "the workers of the pipeline that crashed"
         assert not any(map(runs, first))
     assert len(broker.sources) == 2
+
+
+async def test_what_a_worker_said_before_it_died_is_heard_to_the_end(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sluiceway._runtime.worker.READ", 16)  # bytes, so that one read is not enough
+    broker = Broker(*["ok"] * 50)
+    pipeline = Pipeline(broker.open, handlers.act, executor="process", concurrency=1, retry=Retry(attempts=1))
+    async with running(pipeline, broker):
+        await broker.settled(50)
+        broker.put(*["ok"] * 10, "die")
+        while len(broker.held) < 11:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        time.sleep(1.0)  # noqa: ASYNC251 - the loop hears nothing until all is over
+        await broker.settled(61)
+    assert [one.id for one in broker.dead] == ["m61"]
+    assert len(told.all("start")) == 61
+
+
+class User:
+    """Of a pool: it notes what it is told."""
+
+    def __init__(self) -> None:
+        self.over: list[tuple[str, str]] = []
+        self.unclaimed: list[str] = []
+
+    def claim(self, message: Message[Any]) -> bool:
+        return True
+
+    def unclaim(self, message: Message[Any]) -> None:
+        self.unclaimed.append(message.id)
+
+    def entered(self, worker: Worker, message: Message[Any]) -> None: ...
+
+    def ended(self, message: Message[Any], more: Any, error: BaseException | None) -> None:
+        self.over.append((message.id, type(error).__name__))
+
+    def given_back(self, messages: list[Message[Any]]) -> None: ...
+
+    def changed(self) -> None: ...
+
+    def crashed(self, error: BaseException) -> None:
+        raise error
+
+
+@pytest.mark.parametrize("ended_in_time", [True, False])
+async def test_what_came_in_between_when_a_worker_was_killed_for_another_message_is_not_blamed(
+    ended_in_time: bool,
+) -> None:
+    user = User()
+    pool = WorkerPool("c", RemoteHandler(b"", is_async=False), 1, user, ahead=None, timeout=None)
+    worker = Worker(pool._on_word)
+    worker.ready = True
+    worker.sent = {number: Message("t", b"", f"m{number}") for number in (1, 2, 3)}
+    pool._on_word(worker, ("entered", 1))
+    pool.cut_off(worker, HandlerTimeout("over"))
+    if ended_in_time:
+        pool._on_word(worker, ("ended", 1, 2, 0.001, None, None))
+    pool._closed = True  # no other is started
+    pool._died(worker, "was killed by SIGKILL")
+    assert user.over == [("m1", "NoneType" if ended_in_time else "HandlerTimeout")]
+    assert user.unclaimed == ["m2", "m3"]
+    assert [message.id for message in pool.ready] == ["m2", "m3"]

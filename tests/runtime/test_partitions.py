@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import Struct
 from msgspec.structs import replace
@@ -246,6 +246,34 @@ async def test_when_a_whole_batch_fails_the_first_of_each_key_counts_and_the_oth
 
 
 @virtual
+async def test_hooks_hear_of_the_one_that_fails_and_not_of_those_that_are_parked_behind_it() -> None:
+    broker = Broker()
+    broker.put("0", key="k")
+    broker.put("1", key="k", failures=1)  # its last attempt, if it counted
+    errors: list[str] = []
+    failed: list[str] = []
+
+    async def book(batch: Batch[int]) -> None:
+        if not broker.ended:
+            raise ValueError("no")
+
+    async def on_error(message: Message[Any], error: BaseException) -> None:
+        errors.append(message.id)
+
+    async def on_failed(messages: Any) -> None:
+        failed.extend(message.id for message in messages)
+
+    retry = Retry(attempts=2, base_delay=1, jitter=0)
+    pipeline = batched(broker, number, {"default": (book, {"size": 2, "timeout": 0.2})}, retry=retry)
+    pipeline._spec = replace(pipeline._spec, on_error=on_error, on_failed=on_failed)
+    async with running(pipeline, broker):
+        await broker.settled(2)
+    assert errors == ["m1"]
+    assert failed == []
+    assert broker.acked == ["m1", "m2"]
+
+
+@virtual
 async def test_one_whose_handler_runs_while_an_earlier_one_fails_goes_back_when_it_returns() -> None:
     broker = Broker()
     broker.put("0", "1", key="k")
@@ -367,6 +395,30 @@ async def test_a_handler_that_never_ends_keeps_its_message_over_the_end_of_the_p
     release.set()
     await asyncio.sleep(1)
     assert broker.outcomes("m1") == []
+
+
+@virtual
+async def test_a_batch_that_waited_for_one_that_does_not_end_runs_with_what_is_left_of_it() -> None:
+    broker = Broker()
+    broker.put("1", "2", key="k")
+    broker.put("3", key="other")
+    release = asyncio.Event()
+
+    async def handle(message: Message[bytes]) -> None:
+        message.to(key="first" if message.id == "m1" else "rest", flush=message.id == "m1")
+
+    async def book(batch: Batch[Any]) -> None:
+        while batch.key == "first" and not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                pass
+
+    batching = {"size": 2, "concurrency": 3}
+    async with running(batched(broker, handle, {"default": (book, batching)}, timeout=1.0), broker):
+        await broker.until(lambda: "m3" in broker.acked, 20)
+        assert broker.outcomes("m2") == ["park"]
+        release.set()
 
 
 @virtual
@@ -518,6 +570,9 @@ async def run_plan(plan: Plan) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@example(Plan(0, keys=1, concurrency=2, size=1, batch_concurrency=1, bad=0.0, stops=(0.5,), prepared=True))
+@example(Plan(0, keys=2, concurrency=1, size=1, batch_concurrency=2, bad=0.3, stops=(), prepared=False))
+@example(Plan(1, keys=5, concurrency=1, size=1, batch_concurrency=3, bad=0.1, stops=(), prepared=False))
 @given(plan=PLANS)
 def test_whatever_fails_a_key_is_handled_and_booked_one_at_a_time_and_in_order(plan: Plan) -> None:
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:

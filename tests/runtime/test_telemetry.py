@@ -382,6 +382,26 @@ async def test_a_task_that_is_cancelled_from_outside_ends_the_spans_of_its_pipel
     check_spans(heard)
 
 
+async def test_a_batch_that_a_drain_leaves_on_its_thread_ends_its_span() -> None:
+    broker = Broker("1", "2")
+    telemetry, heard = listening(BatchStarted, BatchFinished)
+    inside, leave = threading.Event(), threading.Event()
+
+    async def handle(message: Message[bytes]) -> None: ...
+
+    def book(batch: Batch[None]) -> None:
+        inside.set()
+        leave.wait(10)
+
+    pipeline = Pipeline(broker.open, handle, batch=book, batch_size=2, telemetry=telemetry, shutdown_timeout=0.01)
+    async with running(pipeline, broker):
+        await asyncio.to_thread(inside.wait, 10)
+    leave.set()
+    assert sorted(broker.kept) == ["m1", "m2"]
+    check_spans(heard)
+    assert [type(event) for event in heard] == [BatchStarted, BatchFinished]
+
+
 @virtual_time
 async def test_handlers_that_ignore_their_cancellation_end_their_spans_when_they_end() -> None:
     broker = Broker(*bodies(4))

@@ -95,6 +95,24 @@ async def test_what_a_handler_says_of_its_message_is_what_happens() -> None:
     assert back.outcome == "release"
 
 
+async def test_what_would_come_again_at_once_does_not() -> None:
+    ran = []
+
+    @declare("t", retry=Retry(base_delay=0))
+    async def back(message: Message[str]) -> None:
+        ran.append(message.payload)
+        if message.payload == "slow":
+            await asyncio.sleep(10)
+        elif message.payload == "release":
+            raise Release
+        else:
+            raise ValueError
+
+    result = await test_batch(back, ["release", "retry", "slow"])
+    assert ran == ["release", "retry", "slow"]
+    assert [one.outcome for one in result.deliveries] == ["release", "retry", "ack"]
+
+
 async def test_a_body_that_cannot_be_decoded_is_dead_lettered() -> None:
     delivery = await test_message(payments, b"{")
     assert delivery.outcome == "dead_letter"

@@ -79,6 +79,12 @@ class TestScripts:
     async def test_a_crash_at_the_first_call_of_a_life_is_one_too(self) -> None:
         assert (await outcomes(Faults(receive=[Fault("crash")] * 3)))[:2] == (["ack"], 1)
 
+    async def test_a_suspect_that_is_lost_before_it_runs_alone_is_not_waited_for(self) -> None:
+        faults = Faults(settle=[Fault("crash"), Fault("crash")], suspect=[Fault("lose_lease")])
+        ended, ran, _ = await outcomes(faults, retry=Retry(attempts=9))
+        assert (ended[-1], ran) == ("ack", 3)
+        assert ("suspect", Fault("lose_lease")) in faults.happened
+
     async def test_a_publish_that_fails_fails_its_handler(self) -> None:
         ended, ran, _ = await outcomes(Faults(publish=[Fault("disconnect")]), retry=Retry(base_delay=1))
         assert (ended, ran) == (["retry", "ack"], 2)

@@ -143,14 +143,15 @@ class Occupancy:
         count = self._passed[1]
         if count <= 0:
             return None
-        rest = max(0.0, held - running - batched - unsettled)
-        if self.unstarted is None:
-            unstarted = rest
-        unstarted = min(unstarted, rest)
+        # What is not told exactly takes no more than the exact areas leave, so that all add up to the time held.
+        left = max(0.0, held - running - batched)
+        unsettled = min(unsettled, left)
+        left -= unsettled
+        unstarted = left if self.unstarted is None else min(unstarted, left)
         return TimeSpent(
             unstarted=unstarted / count,
             running=running / count,
-            forming=(rest - unstarted) / count,
+            forming=(left - unstarted) / count,
             batched=batched / count,
             unsettled=unsettled / count,
             waiting=waiting / count,

@@ -278,7 +278,7 @@ class WorkerPool:
         for worker, messages in given.items():
             worker.give(messages)
         if not self.ready and 0 in loads.values():
-            pass
+            self._spread()
 
     def _spread(self) -> None:
         """A worker has nothing to do: call back what waits behind the message of another."""

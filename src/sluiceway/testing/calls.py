@@ -15,7 +15,8 @@ from ..errors import AppError, OptionError
 from ..message import Batch, Outgoing, make_outgoing
 from ..signatures import NO_CONTEXT
 from ..transports.memory import MemoryTransport
-from .harness import as_app, harnessed
+from .harness import harnessed
+from .observing import as_app
 from .record import Delivery, Recorder
 
 F = TypeVar("F", bound=Callable[..., Any])

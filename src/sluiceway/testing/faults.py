@@ -24,7 +24,7 @@ POSSIBLE: dict[Call, tuple[Kind, ...]] = {
     "subscribe": ("disconnect", "delay"),
     "receive": ("disconnect", "delay", "drop", "duplicate", "lose_lease", "crash"),
     "settle": ("disconnect", "delay", "lose_lease", "crash"),
-    "suspect": ("disconnect", "delay", "crash"),
+    "suspect": ("disconnect", "delay", "lose_lease", "crash"),
     "publish": ("disconnect", "delay", "crash"),
 }
 """What can go wrong at which call to the broker."""
@@ -95,7 +95,7 @@ class Faults:
         def draw(call: Call) -> Fault | None:
             if source.random() >= rate:
                 return None
-            possible = [kind for kind in POSSIBLE[call] if kinds is None or kind in kinds]
+            possible: list[Kind] = [kind for kind in POSSIBLE[call] if kinds is None or kind in kinds]
             if not possible:
                 return None
             kind, after = source.choice(possible), source.random() < 0.5
@@ -207,7 +207,7 @@ class FaultySource(SourceWrapper):
 
     async def suspect(self, message: Message[Any]) -> bool:
         fault = self._transport.faults.next("suspect")
-        await self._transport.before(fault)
+        await self._transport.before(fault, self.wrapped)
         ours = await self.wrapped.suspect(message)
         await self._transport.after(fault)
         return ours
