@@ -240,8 +240,7 @@ async def test_what_a_worker_said_before_it_died_is_heard_to_the_end(
     async with running(pipeline, broker):
         await broker.settled(50)
         broker.put(*["ok"] * 10, "die")
-        while len(broker.held) < 11:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: len(told.all("start")) > 50)
         time.sleep(1.0)  # noqa: ASYNC251 - the loop hears nothing until all is over
         await broker.settled(61)
     assert [one.id for one in broker.dead] == ["m61"]
