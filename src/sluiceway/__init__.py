@@ -1,5 +1,6 @@
 """Sluiceway runs message consumers: it pulls from a broker only as fast as the handlers can take, and loses nothing."""
 
+from ._decisions.occupancy import TimeSpent
 from ._runtime.supervisor import PipelineStats
 from .acknowledger import Acknowledger
 from .app import App
@@ -72,6 +73,7 @@ __all__ = [
     "RoutingError",
     "SluicewayError",
     "Split",
+    "TimeSpent",
     "TransportError",
     "Unsupported",
     "consumer",

@@ -37,7 +37,8 @@ async def outcomes(faults: Faults, **options: object) -> tuple[list[str], int, f
     app, ran = counting(**options)
     async with running(app, faults=faults) as harness:
         sent = await harness.publish("t", 1)
-        await harness.idle()
+        async with asyncio.timeout(10_000):
+            await harness.idle()
         return (
             [one.outcome + " lost" * one.lost for one in harness.of(sent)],
             ran[sent],
