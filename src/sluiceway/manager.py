@@ -20,7 +20,7 @@ from .message import PublishHeaders
 from .middleware import BatchMiddleware, Middleware
 from .options import unknown
 from .pipeline import make_spec, make_subscription, topology_of
-from .remote import Lifespan
+from .signatures import Lifespan
 from .source import Backlog, Source, SourceInfo
 from .telemetry import Telemetry
 from .topology import Topology

@@ -23,8 +23,7 @@ from .gate import Gate, Watcher
 from .message import Batch, BatchHandler, Message, PublishHeaders
 from .middleware import BatchMiddleware, ConsumerInfo, Middleware, compose, decodes, made_for
 from .options import Batching, ConsumerOptions
-from .remote import Lifespan, remote_handler
-from .signatures import NO_CONTEXT, check_call, is_async
+from .signatures import NO_CONTEXT, Lifespan, check_call, is_async
 from .source import OnRevoke, Source, SourceInfo, Subscription
 from .telemetry import Telemetry
 from .topology import BatcherStage, Stage, Topology
@@ -174,6 +173,8 @@ def _remote(
             f"{definition.name}: executor='process' and {stays} exclude each other: what that leaves in a message does "
             "not reach the worker processes; do it in the handler"
         )
+    from .remote import remote_handler  # here: few consumers need what it imports
+
     max_payload = None if features is None else features.max_payload
     return remote_handler(definition, lifespan=lifespan, max_payload=max_payload, is_async=bound.is_async)
 

@@ -6,8 +6,8 @@ import importlib
 import importlib.util
 import pickle
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from msgspec import Struct
@@ -16,9 +16,7 @@ from ._runtime.spec import OpenedHandler, RemoteHandler
 from .codec import encode, make_decoder, make_encoder
 from .consumer import ClassConsumer, ConsumerDef, FunctionConsumer, definition
 from .errors import OptionError
-from .signatures import NO_CONTEXT
-
-Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
+from .signatures import NO_CONTEXT, Lifespan
 
 _MAIN = "__main__"
 

@@ -7,6 +7,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -51,6 +52,9 @@ def check_call(where: str, function: Callable[..., Any], rule: str, *counts: int
             signature.bind(*range(count))
             return
     raise OptionError(f"{where}: {rule}; got {name_of(function)}{signature}")
+
+
+Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 
 
 class NoContext:

@@ -36,7 +36,7 @@ class BatcherSpec(Struct, frozen=True, kw_only=True):
 
 
 class OpenedHandler(Struct, frozen=True):
-    """A consumer's handler in a worker process, with what it needs there. `batchers` are the names of the consumer's."""
+    """A consumer's handler in a worker process, with what it needs there. `batchers`: the names of the consumer's."""
 
     consumer: str
     handle: Callable[[Message[Any]], Any]
