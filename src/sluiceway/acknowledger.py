@@ -22,7 +22,7 @@ class Acknowledger:
     There is one call of each per settle: `acks` are plain successes; `others` are retries, dead letters, releases,
     parked messages, and successes that publish something (their outcome is "ack"). One of the two lists is empty. The
     settle waits for `before_settle`, and no slot of the window is free before `after_settle` has returned: be quick.
-    They run in the pipeline's loop, in the order in which they were declared; calls for acks and for others may overlap.
+    They run in the pipeline's loop, in the order in which they were declared; acks and others may overlap.
     """
 
     def before_settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Awaitable[None] | None:

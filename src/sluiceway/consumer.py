@@ -49,9 +49,9 @@ class Consumer(Generic[T]):
 
         Their payloads are decoded (unless a middleware decodes), and what cannot be decoded has failed already and
         is not here. What it loads for a message it may leave in `message.value`, where the handler finds it. It
-        returns nothing: all messages go on. After `message.fail(...)` a message's handler does not run. When `prepare` raises or
-        runs over the consumer's `timeout`, all its messages fail as if their handlers had. One call at a time, in order;
-        the next receive waits for it. A plain `def` runs on a thread.
+        returns nothing: all messages go on. After `message.fail(...)` a message's handler does not run. When `prepare`
+        raises or runs over the consumer's `timeout`, all its messages fail as if their handlers had. One call at a
+        time, in order; the next receive waits for it. A plain `def` runs on a thread.
         """
         return None
 

@@ -262,8 +262,8 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
 
         `on_failure`: "dead_letter" at this failure, whatever attempts are left; "drop", which loses the message with an
         error in the log; "retry", also when the attempts are used up; "release", which hands it back and counts
-        nothing. None: as the consumer's options say. `retry` takes the place of the consumer's for this failure. Reject,
-        RetryLater, Release and what `handle_error` answers come before all these.
+        nothing. None: as the consumer's options say. `retry` takes the place of the consumer's for this failure.
+        Reject, RetryLater, Release and what `handle_error` answers come before all these.
 
         A later call replaces an earlier one. A delivery that comes again knows nothing of it. Raises OptionError, here
         and now, for a value that is not allowed, and AlreadySettled when the message was settled.
