@@ -170,7 +170,7 @@ class App:
         if self._connected is not asyncio.get_running_loop():
             await self.connect()
         await self.transport.publish((outgoing,))
-        if self.telemetry.wants(Published):
+        if Published in self.telemetry.attached:
             self.telemetry.emit(Published(consumer="", topic=topic, count=1))
         return outgoing.id
 

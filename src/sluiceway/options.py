@@ -212,7 +212,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "concurrency": Option(
         10,
-        "How many messages are handled at once: tasks, or threads for a plain `def`. With `executor=\"process\"` the "
+        'How many messages are handled at once: tasks, or threads for a plain `def`. With `executor="process"` the '
         "number of worker processes, one per CPU unless given.",
         _count,
         int,

@@ -179,9 +179,7 @@ def _remote(
     return remote_handler(definition, lifespan=lifespan, max_payload=max_payload, is_async=bound.is_async)
 
 
-def _info(
-    definition: ConsumerDef, bound: Bound, group: str, stats: Callable[[], PipelineStats | None]
-) -> ConsumerInfo:
+def _info(definition: ConsumerDef, bound: Bound, group: str, stats: Callable[[], PipelineStats | None]) -> ConsumerInfo:
     return ConsumerInfo(
         name=definition.name,
         group=group,

@@ -249,10 +249,13 @@ class Attachment:
 
 
 class Telemetry:
-    """Who listens to what. One per app, handed to every pipeline."""
+    """Who listens to what. One per app, handed to every pipeline.
+
+    `attached` has the listeners of each event that has some: where each call costs too much, look there.
+    """
 
     def __init__(self) -> None:
-        self._attached: dict[type[Event], tuple[Attachment, ...]] = {}
+        self.attached: dict[type[Event], tuple[Attachment, ...]] = {}
         self._watchers: list[Callable[[], None]] = []
 
     def attach(self, listener: Listener, *events: type[Event]) -> Attachment:
@@ -262,21 +265,21 @@ class Telemetry:
         """
         attachment = Attachment(self, listener)
         for kind in Event.__subclasses__() if Event in events or not events else dict.fromkeys(events):
-            self._attached[kind] = (*self._attached.get(kind, ()), attachment)
+            self.attached[kind] = (*self.attached.get(kind, ()), attachment)
         self._changed()
         return attachment
 
     def detach(self, listener: Listener) -> None:
         """Stop calling `listener`, wherever it was attached. Idempotent."""
-        self._drop([one for many in self._attached.values() for one in many if one.listener == listener])
+        self._drop([one for many in self.attached.values() for one in many if one.listener == listener])
 
     def wants(self, *kinds: type[Event]) -> bool:
         """Whether anybody listens to one of `kinds`: ask before making an event."""
-        return bool(self._attached) and not self._attached.keys().isdisjoint(kinds)
+        return bool(self.attached) and not self.attached.keys().isdisjoint(kinds)
 
     def emit(self, event: Event) -> None:
         """Hand `event` to its listeners, in the order in which they were attached."""
-        for one in self._attached.get(type(event), ()):
+        for one in self.attached.get(type(event), ()):
             if one.attached:
                 try:
                     one.listener(event)
@@ -296,8 +299,8 @@ class Telemetry:
     def _drop(self, gone: Sequence[Attachment]) -> None:
         for one in gone:
             one.attached = False
-        left = {kind: tuple(one for one in many if one.attached) for kind, many in self._attached.items()}
-        self._attached = {kind: many for kind, many in left.items() if many}
+        left = {kind: tuple(one for one in many if one.attached) for kind, many in self.attached.items()}
+        self.attached = {kind: many for kind, many in left.items() if many}
         self._changed()
 
     def _changed(self) -> None:

@@ -22,5 +22,11 @@ def test_every_test_that_the_page_names_is_there() -> None:
 
 def test_every_row_names_a_test_but_those_of_the_words() -> None:
     tables = PAGE.read_text(encoding="utf-8").split("\n## ")
-    rows = [line for part in tables if not part.startswith("The words") for line in part.splitlines() if line[:2] == "| "]
-    assert [row for row in rows if "::test_" not in row and "::Test" not in row and "---" not in row and "| test |" not in row] == []
+    rows = [
+        line for part in tables if not part.startswith("The words") for line in part.splitlines() if line[:2] == "| "
+    ]
+    assert [
+        row
+        for row in rows
+        if "::test_" not in row and "::Test" not in row and "---" not in row and "| test |" not in row
+    ] == []

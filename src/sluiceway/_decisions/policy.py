@@ -21,7 +21,9 @@ from .topics import dead_letter_topic
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 MAX_REASON = 8 * 1024  # bytes: AMQP headers fit one frame, Kafka and NATS have message limits
 DEAD_PREFIX = "sluiceway-dead-"  # the headers that a dead letter has beyond its message's own
-TRACEBACK = "__sluiceway_traceback__"  # the attribute in which an error from a worker process has its traceback, as text
+TRACEBACK = (
+    "__sluiceway_traceback__"  # the attribute in which an error from a worker process has its traceback, as text
+)
 
 
 class FailureRules(Struct, frozen=True, kw_only=True):

@@ -73,6 +73,7 @@ class Intake:
         self._prepare_for_draining = getattr(source, "prepare_for_draining", None)
         self._returns_failed = getattr(source, "returns_failed", False)
         self._apart = False  # the last receive had suspects
+        self._ran_dry = True  # the processors had nothing more to do when the last receive returned
         self._told_full = False  # that the window is full, since the last receive
         self._paused = False
         self._long_closed: asyncio.TimerHandle | None = None
@@ -93,14 +94,23 @@ class Intake:
                 continue
             self._resume()
             messages = await self._receive(demand)
-            if messages:
-                await self._admit(messages, demand)
+            if not messages:
+                self._answered(0, demand)
+                if not self.stopping:
+                    await asyncio.sleep(EMPTY)
+            elif len(messages) == demand or self._in_order or any(map(_suspect, messages)):
+                self._answered(len(messages), demand)
+                await self._admit(messages)
                 if len(messages) < demand or self.gates.contended:
-                    # The broker has no more, so what it gave is handled before it is asked again; or others wait at a
-                    # gate, and go first.
+                    await asyncio.sleep(0)  # so that what came is handled before more is asked for, or others go first
+            else:
+                # The broker has no more: what it gave is handled first, then the books are kept. That takes a tenth off
+                # the way of a single message.
+                try:
+                    await self._admit(messages)
                     await asyncio.sleep(0)
-            elif not self.stopping:
-                await asyncio.sleep(EMPTY)
+                finally:
+                    self._answered(len(messages), demand)
         if self._prepare_for_draining is not None:
             await self._receive_last(self._prepare_for_draining)
 
@@ -110,17 +120,34 @@ class Intake:
         now = self._loop.time()
         self.gates.ask(now, demand)
         self.settler.occupancy.asked(now)
-        if self.telemetry.wants(Demanded):
+        if Demanded in self.telemetry.attached:
             self.telemetry.emit(Demanded(consumer=self.spec.name, demand=demand))
-        messages: Sequence[Message[Any]] = ()
         try:
             messages = await self.source.receive(demand)
-        finally:
-            self.asking = 0
-            now = self._loop.time()
-            self.gates.answered(now, len(messages))
-            self.settler.occupancy.received(now, len(messages), len(self.settler.held) + len(messages))
+        except BaseException:
+            self._answered(0, demand)
+            raise
+        self.asking = 0
+        self.received += len(messages)
+        self.settler.held.update(messages)
+        self._ran_dry = not self.processors.unstarted
         return messages
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether somebody is to hear of a receive before its messages are handled."""
+        return Received in self.telemetry.attached or self.prepare is not None
+
+    def _answered(self, count: int, demand: int) -> None:
+        """The receive brought `count` messages, or raised."""
+        self.asking = 0
+        now = self._loop.time()
+        self.gates.answered(now, count)
+        self.settler.occupancy.received(now, count, len(self.settler.held))
+        if count:
+            self.window.observe(now, self.settler.finished, starved=self._ran_dry)
+            if Received in self.telemetry.attached:
+                self.telemetry.emit(Received(consumer=self.spec.name, demand=demand, count=count))
 
     async def _receive_last(self, prepare_for_draining: Callable[[], Awaitable[object]]) -> None:
         """What a source puts out when a drain begins is handled; what has not started else is released."""
@@ -138,9 +165,10 @@ class Intake:
                 await self._wait_for_room()
                 continue
             messages = await self._receive(demand)
+            self._answered(len(messages), demand)
             if not messages:
                 return
-            await self._admit(messages, demand)
+            await self._admit(messages)
 
     def stop(self) -> None:
         """Ask for nothing more; a receive that waits returns. Idempotent."""
@@ -176,9 +204,7 @@ class Intake:
         if free <= 0 or self.settler.stuck or not (self.processors.idle or unstarted <= self.window.size // 2):
             return 0
         if self._apart:
-            free = min(
-                free, group_size(self.spec.ceiling)
-            )  # the next ones may be suspects too, and all that do not run now go back
+            free = min(free, group_size(self.spec.ceiling))  # more may be suspects; what does not run now goes back
         return free
 
     async def _wait_for_room(self) -> None:
@@ -212,16 +238,11 @@ class Intake:
             and not (self.batchers.busy or self.settler.unsent)
         )
 
-    async def _admit(self, messages: Sequence[Message[Any]], demand: int) -> None:
-        self.received += len(messages)
-        self.settler.held.update(messages)
+    async def _admit(self, messages: Sequence[Message[Any]]) -> None:
         if self._returns_failed:
             messages = await self._fail_failed(messages)
         largest = max([len(message.body) for message in messages], default=0)  # a list: 26 ns less a message than a map
         self.window.saw_body(largest)
-        self.window.observe(self._loop.time(), self.settler.finished, starved=not self.processors.unstarted)
-        if self.telemetry.wants(Received):
-            self.telemetry.emit(Received(consumer=self.spec.name, demand=demand, count=len(messages)))
         if self.spec.max_payload is not None and largest > self.spec.max_payload:
             messages = await self._reject_oversized(messages, self.spec.max_payload)
         if self.quarantine is not None and any(map(_suspect, messages)):
@@ -231,16 +252,21 @@ class Intake:
             await self.quarantine.run(messages)
         else:
             self._apart = False
-            await self.put(messages)
+            if self.prepare is not None:
+                messages = await self.prepare(messages)
+            self._queue(messages)
 
     async def put(self, messages: Sequence[Message[Any]]) -> None:
         """Queue messages to be handled, in order; `prepare` has them first."""
         if self.prepare is not None:
             messages = await self.prepare(messages)
+        self._queue(messages)
+
+    def _queue(self, messages: Sequence[Message[Any]]) -> None:
         self.queue.put(messages)
         if self.spec.batchers:
             self.settler.occupancy.queued(self._loop.time(), self.processors.unstarted)
-        if self.telemetry.wants(Queued) and messages:
+        if Queued in self.telemetry.attached and messages:
             unstarted = self.processors.unstarted + self.waiting_in_lanes()
             self.telemetry.emit(Queued(consumer=self.spec.name, count=len(messages), unstarted=unstarted))
 

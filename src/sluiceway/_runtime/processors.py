@@ -120,7 +120,6 @@ class AsyncProcessors:
         self._handle: Handler = spec.handle  # looked up for each message: listeners come and go
         self._span_of_run: Callable[[str], Span] | None = None
         self._in_run = 0  # processors within a run
-        self._running = settler.occupancy.running
         self._abandoned: set[Slot] = set()  # until their handlers end, if ever
         self._failing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -213,10 +212,10 @@ class AsyncProcessors:
             self.on_crash(error)
         self.on_idle()
 
-    def _run_started(self, slot: Slot, *, slept: bool) -> None:
+    def _run_started(self, slot: Slot) -> None:
         slot.in_run = True
         self._in_run += 1
-        self._note_occupancy(idle_changed=slept)
+        self._note_occupancy()
         if self._span_of_run is not None and slot.task is not None:
             slot.failed = 0
             slot.span = self._span_of_run(slot.task.get_name())
@@ -231,16 +230,12 @@ class AsyncProcessors:
         if slot.in_run:
             slot.in_run = False
             self._in_run -= 1
-            falls_asleep = slot in self._slots and not self._ready
-            self._note_occupancy(idle_changed=falls_asleep or slot not in self._slots, falling_asleep=falls_asleep)
+            self._note_occupancy(falling_asleep=slot in self._slots and not self._ready)
 
-    def _note_occupancy(self, *, idle_changed: bool, falling_asleep: int = 0) -> None:
+    def _note_occupancy(self, *, falling_asleep: bool = False) -> None:
         """Idle are the processors that sleep, or are about to, and those that were not needed yet."""
-        if idle_changed:
-            idle = self.spec.concurrency - len(self._slots) + len(self._sleepers) + falling_asleep
-            self.settler.occupancy.processing(self._loop.time(), self._in_run, idle)
-        else:
-            self._running.step(self._loop.time(), self._in_run)
+        idle = self.spec.concurrency - len(self._slots) + len(self._sleepers) + falling_asleep
+        self.settler.occupancy.processing(self._loop.time(), self._in_run, idle)
 
     async def _sleep(self) -> None:
         sleeper = self._loop.create_future()
@@ -263,7 +258,6 @@ class AsyncProcessors:
                 slot.message, slot.taken = None, run
                 if slot not in self._slots:
                     return  # it was abandoned and another has its place
-                slept = not ready or not slot.in_run
                 self._run_ended(slot)
                 if not ready:
                     await self._sleep()
@@ -274,7 +268,7 @@ class AsyncProcessors:
                     self._wake_one()
                 if not ready:
                     continue
-                self._run_started(slot, slept=slept)
+                self._run_started(slot)
             run += 1
             message = ready.popleft()
             if message.state != QUEUED:

@@ -137,9 +137,10 @@ class PipelineSettler:
         if refused and (rejected := _rejected(refused)):
             self._keep([Settlement(message, "ack") for message in batch if id(message) in rejected])
             batch = [message for message in batch if id(message) not in rejected]
-        self._ended(batch, refused)
-        if self.telemetry.wants(Settled):
+        self.held.difference_update(batch)
+        if Settled in self.telemetry.attached:
             self.telemetry.emit(Settled(consumer=self.spec.name, outcome="ack", count=len(batch)))
+        self._ended(batch, refused)
 
     def settle(self, settlement: Settlement) -> None:
         """End a delivery in another way than a plain ack. Ignored when the message is settled already."""
