@@ -219,8 +219,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "executor": Option(
         "auto",
-        "Where handlers run: `auto`, an `async def` in the loop and a plain `def` on threads; `process`, both in worker "
-        "processes, one message at a time in each: for handlers that keep a CPU busy.",
+        "Where handlers run: `auto`, an `async def` in the loop and a plain `def` on threads; `process`, both in "
+        "worker processes, one message at a time in each: for handlers that keep a CPU busy.",
         _one_of("auto", "process"),
         str,
     ),

@@ -15,7 +15,9 @@ def test_every_test_that_the_page_names_is_there() -> None:
     missing = [
         f"{file}::{name}"
         for file, name in named
-        if not re.search(rf"^(?:(?:async )?def {name}\(|{name} = )", (TESTS / file).read_text(encoding="utf-8"), re.M)
+        if not re.search(
+            rf"^(?:(?:async )?def {name}\(|{name} = )", (TESTS / file).read_text(encoding="utf-8"), re.MULTILINE
+        )
     ]
     assert missing == []
 

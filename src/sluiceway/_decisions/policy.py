@@ -108,7 +108,7 @@ def dead_letter(message: Message[Any], reason: Reason, rules: FailureRules, now:
 
 
 def unusable(what: str, error: BaseException) -> BaseException:
-    """The failure of an event that `what` could not make a message of: hopeless, since its attempts cannot be counted."""
+    """The failure of an event that `what` could not make a message of: hopeless, for its attempts cannot be counted."""
     if isinstance(error, (Directive, DecodeError, KeyboardInterrupt)):
         return error
     frames = traceback.extract_tb(error.__traceback__)
