@@ -26,6 +26,7 @@ demo: $(READY) ## a year of flights through two worker processes, one of which i
 	$(BIN)/python -m examples.flights $(ARGS)
 
 test: $(READY) ## every test
+	@scripts/servers
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-fast: $(READY) ## the tests that neither kill processes nor take long
