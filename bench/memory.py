@@ -8,6 +8,7 @@ from typing import Any
 
 from sluiceway import App, Batch, Message
 from sluiceway.message import Handler
+from sluiceway.middleware import Middleware
 from sluiceway.transports.memory import MemoryTransport
 
 from .child import Job
@@ -56,16 +57,25 @@ async def pipeline(
     batch: int = 0,
     publish: bool = False,
     middleware: int = 0,
+    metrics: bool = False,
     sleep: bool = False,
 ) -> dict[str, float]:
     """A consumer over the memory transport, whose messages wait there; with `publish` they are published meanwhile.
 
-    `middleware`: so many that do nothing round the handler. `sleep`: a handler that sleeps for `NAP` seconds.
+    `middleware`: so many that do nothing round the handler; `metrics`: and the metrics round those. `sleep`: a handler
+    that sleeps for `NAP` seconds.
     """
     count = int((NAPS if sleep else COUNT) * scale)
     transport = MemoryTransport()
     app = App(transport)
-    consume = app.consumer("t", concurrency=concurrency, max_demand=max_demand, middleware=[step] * middleware)(
+    chain: list[Middleware] = [step] * middleware
+    if metrics:
+        from prometheus_client import CollectorRegistry
+
+        from sluiceway.middleware.metrics import Metrics
+
+        chain.insert(0, Metrics(registry=CollectorRegistry()))
+    consume = app.consumer("t", concurrency=concurrency, max_demand=max_demand, middleware=chain)(
         sleeper if sleep else handle
     )
 
@@ -177,6 +187,7 @@ CASES = [
     _row("async no-op", {}, tuned=False),
     _against_first("one batcher of 100", {"batch": 100}, least=0.75),
     _against_first("one batcher of 100", {"batch": 100}, tuned=False),
+    _against_first("metrics and one middleware", {"middleware": 1, "metrics": True}, least=0.65),
     _against_first("8 middleware", {"middleware": 8}, least=0.3),
     _against_first("concurrency=1,000", {"concurrency": 1000}, least=0.6),
     Case(

@@ -62,6 +62,21 @@ async def test_the_automatic_window_shrinks_back_for_slow_handlers() -> None:
     assert after.window == 10
 
 
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+async def test_the_window_holds_what_the_processors_finish_in_buffer_time(seconds: float) -> None:
+    broker = Broker(*bodies(3_000))
+
+    async def handle(message: Message[bytes]) -> None:
+        await asyncio.sleep(0.1)  # 10 processors: 100 per second
+
+    pipeline = Pipeline(broker.open, handle, concurrency=10, buffer_time=seconds)
+    async with running(pipeline, broker):
+        await broker.settled(2_500)
+        stats = pipeline.stats()
+    assert stats is not None
+    assert stats.window == pytest.approx(100 * seconds, rel=0.2)
+
+
 async def test_a_slow_handler_slows_the_source() -> None:
     broker = Broker(*bodies(10_000))
     released = asyncio.Event()
