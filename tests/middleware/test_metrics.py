@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -68,6 +69,33 @@ async def test_seconds_fall_into_buckets_and_add_up(monkeypatch: pytest.MonkeyPa
     assert buckets == {"0.5": 2, "1.0": 3, "2.0": 4, "+Inf": 5}
     assert value(registry, "sluiceway_handler_seconds_sum") == pytest.approx(7.75)
     assert b"# TYPE sluiceway_handler_seconds histogram" in generate_latest(registry)
+
+
+async def test_none_is_missed_or_counted_twice_when_threads_scrape_meanwhile() -> None:
+    registry = CollectorRegistry()
+    shop = Shop(middleware=[Metrics(registry)])
+    done = threading.Event()
+    seen: list[float] = []
+
+    def scrape() -> None:
+        while not done.is_set():
+            seen.append(value(registry, "sluiceway_handler_seconds_count") or 0.0)
+
+    @shop.app.consumer("t", retry=ONCE)
+    async def pay(message: Message[int]) -> None:
+        if message.payload % 1_000 == 0:
+            raise ValueError("no")
+
+    scraper = threading.Thread(target=scrape)
+    scraper.start()
+    try:
+        await shop.run(*range(5_000))
+    finally:
+        done.set()
+        scraper.join()
+    assert value(registry, "sluiceway_handler_seconds_count") == 5_000
+    assert value(registry, "sluiceway_messages_total", outcome="handled") == 4_995
+    assert seen == sorted(seen)
 
 
 async def test_batches_are_measured_by_batcher() -> None:

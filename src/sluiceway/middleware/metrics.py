@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import accumulate
 from math import inf
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +25,7 @@ except ImportError as error:
 BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 LABELS = ("consumer", "group")
+MOST_RECENT = 1_000
 
 GAUGES = {
     "held": "Messages received and not settled.",
@@ -79,7 +81,7 @@ class Metrics:
         names = (consumer.name, consumer.group)
         self._stats[names] = consumer.stats
         if consumer.batcher is None:
-            return _measured(self._messages.setdefault(names, _Calls(self._bounds)), self._bounds)
+            return _Measured(self._messages.setdefault(names, _Calls(self._bounds)), self._bounds)
         batcher = (*names, consumer.batcher)
         return _measured_batches(self._batches.setdefault(batcher, _Calls(self._bounds)), self._bounds)
 
@@ -126,24 +128,46 @@ class Metrics:
 
 
 class _Calls:
-    """The calls of one handler. Written by its loop alone; a scrape copies it first."""
+    """The calls of one handler. Its loop writes; a scrape reads, from any thread.
 
-    __slots__ = ("counts", "ends", "seconds")
+    The seconds of good calls are only noted and put into their buckets many at a time: half the price per message.
+    """
+
+    __slots__ = ("_bounds", "_lock", "counts", "ends", "recent", "seconds")
 
     def __init__(self, bounds: Sequence[float]) -> None:
+        self.recent: list[float] = []  # seconds of calls that are in no bucket yet
         self.counts = [0] * (len(bounds) + 1)  # by bucket
         self.seconds = 0.0
         self.ends: Counter[str] = Counter()  # of those that were not simply handled
+        self._bounds = list(bounds)
+        self._lock = Lock()
+
+    def sort(self) -> None:
+        """Put what was noted into its buckets."""
+        with self._lock:
+            recent = self.recent.copy()
+            del self.recent[: len(recent)]  # what is noted meanwhile stays; `append` of this very list is in use
+            self.seconds += sum(recent)
+            recent.sort()
+            before = 0
+            for number, bound in enumerate(self._bounds):
+                upto = bisect_right(recent, bound)
+                self.counts[number] += upto - before
+                before = upto
+            self.counts[-1] += len(recent) - before
 
     def ended(self, bounds: list[float], seconds: float, error: BaseException | None) -> None:
-        self.counts[bisect_left(bounds, seconds)] += 1
-        self.seconds += seconds
-        if error is not None:
-            self.ends[end_of(error)] += 1
+        with self._lock:
+            self.counts[bisect_left(bounds, seconds)] += 1
+            self.seconds += seconds
+            if error is not None:
+                self.ends[end_of(error)] += 1
 
     def fill(
         self, names: tuple[str, ...], bounds: list[float], seconds: HistogramMetricFamily, ends: CounterMetricFamily
     ) -> None:
+        self.sort()
         counts, others, total = list(self.counts), dict(self.ends), self.seconds
         limits = [*map(repr, bounds), "+Inf"]
         seconds.add_metric(names, list(zip(limits, accumulate(counts), strict=True)), total)
@@ -151,25 +175,36 @@ class _Calls:
             ends.add_metric((*names, end), count)
 
 
-def _measured(calls: _Calls, bounds: list[float]) -> Callable[[Message[Any], Handler], Awaitable[Any]]:
-    counts, clock, least = calls.counts, perf_counter, bounds[0]
+class _Measured:
+    """The middleware of one consumer."""
 
-    async def measured(message: Message[Any], call_next: Handler) -> Any:
-        started = clock()
-        try:
-            value = await call_next(message)
-        except BaseException as error:
-            calls.ended(bounds, clock() - started, error)
-            raise
-        seconds = clock() - started
-        if message.error is not None:
-            calls.ended(bounds, seconds, message.error)
-        else:
-            counts[0 if seconds <= least else bisect_left(bounds, seconds)] += 1  # quick ones need no search
-            calls.seconds += seconds
-        return value
+    def __init__(self, calls: _Calls, bounds: list[float]) -> None:
+        self._calls = calls
+        self._bounds = bounds
 
-    return measured
+    def __call__(self, message: Message[Any], call_next: Handler) -> Awaitable[Any]:
+        return self.around(call_next)(message)
+
+    def around(self, call_next: Handler) -> Handler:
+        calls, bounds = self._calls, self._bounds
+        recent, note, clock = calls.recent, calls.recent.append, perf_counter
+
+        async def measured(message: Message[Any]) -> Any:
+            started = clock()
+            try:
+                value = await call_next(message)
+            except BaseException as error:
+                calls.ended(bounds, clock() - started, error)
+                raise
+            if message.error is not None:
+                calls.ended(bounds, clock() - started, message.error)
+            else:
+                note(clock() - started)
+                if len(recent) >= MOST_RECENT:
+                    calls.sort()
+            return value
+
+        return measured
 
 
 def _measured_batches(calls: _Calls, bounds: list[float]) -> Callable[[Batch[Any], BatchHandler], Awaitable[Any]]:
