@@ -189,6 +189,8 @@ class App:
         Raises OptionError for what is not allowed, and then publishes nothing.
         """
         headers = with_headers(self.publish_headers, headers)
+        if isinstance(payloads, (str, bytes, bytearray, Mapping)):
+            raise OptionError(f"publish_many to {topic!r}: give a list of payloads, got one {type(payloads).__name__}")
         kept = make_outgoing(topic, b"", headers=headers, delay=delay).headers
         if key is None:
             outgoing = [Outgoing(topic, encode(payload), headers=kept, delay=delay) for payload in payloads]

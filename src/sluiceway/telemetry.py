@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from inspect import iscoroutinefunction
 from typing import Any, Literal
 
 from msgspec import Struct
 
+from .errors import OptionError
 from .message import BatchInfo, Outcome
 from .topology import Topology
 
@@ -261,8 +263,10 @@ class Telemetry:
     def attach(self, listener: Listener, *events: type[Event]) -> Attachment:
         """Call `listener` for each event of these types (none named, or `Event`: for all), until it is detached.
 
-        It works at once, also for pipelines that run. Spans that have begun are told from their next start on.
+        It works at once, also for pipelines that run. Spans that have begun are told from their next start on. Raises
+        OptionError for what is no event class or no plain function.
         """
+        _check(listener, events)
         attachment = Attachment(self, listener)
         for kind in Event.__subclasses__() if Event in events or not events else dict.fromkeys(events):
             self.attached[kind] = (*self.attached.get(kind, ()), attachment)
@@ -306,3 +310,11 @@ class Telemetry:
     def _changed(self) -> None:
         for changed in list(self._watchers):
             changed()
+
+
+def _check(listener: object, kinds: Sequence[object]) -> None:
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, Event)):
+            raise OptionError(f"telemetry.attach: name event classes of sluiceway.telemetry, got {kind!r}")
+    if not callable(listener) or iscoroutinefunction(listener):
+        raise OptionError(f"telemetry.attach: a listener is a plain function (event), got {listener!r}")

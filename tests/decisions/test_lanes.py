@@ -413,3 +413,9 @@ class TurnsMachine(RuleBasedStateMachine):
 
 TurnsMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestBatchesThatShareAKeyRunInTheOrderInWhichTheyWereEmitted = TurnsMachine.TestCase
+
+
+def test_what_ended_on_its_way_here_takes_no_place_in_its_lane() -> None:
+    lanes = Lanes()
+    gone, later = Message[Any]("t", b"", "1", "k", state=SETTLED), Message[Any]("t", b"", "2", "k")
+    assert lanes.enter([gone, later]) == ([later], [])

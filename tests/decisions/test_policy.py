@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluiceway import DecodeError, HandlerTimeout, Reject, Release, Retry, RetryLater
+from sluiceway import DecodeError, HandlerTimeout, OptionError, Reject, Release, Retry, RetryLater, Split
+from sluiceway._decisions.batching import Forming
 from sluiceway._decisions.policy import (
     DEAD_PREFIX,
     MAX_REASON,
@@ -17,6 +18,7 @@ from sluiceway._decisions.policy import (
     give_up,
     reason_of,
     settle_failure,
+    users_traceback,
     without_dead_headers,
 )
 from sluiceway.message import Message, Reason
@@ -279,3 +281,16 @@ def test_a_reason_leaves_no_character_in_a_header_that_is_not_utf_8() -> None:
     letter = give_up(message(), raised(ValueError("\udcff")), rules(), now=0.0).outputs[0]
     for value in letter.headers.values():
         value.encode()
+
+
+def test_what_the_result_of_a_users_function_made_us_raise_has_a_traceback() -> None:
+    forming = Forming("default", 10, 1.0, split=Split(0, lambda accumulator, message: 5))  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError) as caught:
+        forming.add(message(), None)
+    error = caught.value
+    trace = error.__traceback__
+    while trace is not None and "batching" not in trace.tb_frame.f_code.co_filename:
+        trace = trace.tb_next
+    assert "split.step" in reason_of(error.with_traceback(trace)).traceback
+    told = OptionError("the text says it all").with_traceback(trace)
+    assert users_traceback(told) is None

@@ -256,3 +256,9 @@ async def test_a_key_function_that_gives_no_string_publishes_nothing(monkeypatch
 async def test_publishing_without_a_loop_is_refused_inside_one() -> None:
     with pytest.raises(AppError, match=r"publish_sync was called inside a running event loop; use `await app.publish"):
         app().publish_sync("t", 1)
+
+
+@pytest.mark.parametrize("payloads", ["abc", b"abc", {"id": 1}], ids=["text", "bytes", "mapping"])
+async def test_one_payload_is_not_taken_for_many(payloads: Any) -> None:
+    with pytest.raises(OptionError, match=r"publish_many to 't': give a list of payloads, got one"):
+        await App(MemoryTransport()).publish_many("t", payloads)

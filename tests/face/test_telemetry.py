@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sluiceway import OptionError
 from sluiceway.telemetry import Event, PipelineStarted, Received, Settled, Telemetry
 
 RECEIVED = Received(consumer="payments", demand=5, count=3)
@@ -109,3 +110,18 @@ def test_every_event_says_what_it_means_and_cannot_be_changed() -> None:
     for kind in Event.__subclasses__():
         assert kind.__doc__
         assert kind.__struct_config__.frozen
+
+
+async def wait_for(event: Event) -> None: ...
+
+
+@pytest.mark.parametrize("kind", ["Received", int, 3])
+def test_only_events_can_be_listened_to(kind: Any) -> None:
+    with pytest.raises(OptionError, match="name event classes"):
+        Telemetry().attach(print, kind)
+
+
+@pytest.mark.parametrize("listener", [3, wait_for])
+def test_only_a_plain_function_can_listen(listener: Any) -> None:
+    with pytest.raises(OptionError, match="a listener is a plain function"):
+        Telemetry().attach(listener, Received)

@@ -487,3 +487,58 @@ async def test_the_consumer_is_paused_while_it_is_open() -> None:
         stats = pipeline.stats()
         assert stats is not None
         assert stats.state == "paused"
+
+
+async def test_a_probe_that_is_parked_behind_an_earlier_one_of_its_key_is_followed_by_another() -> None:
+    broker = Broker()
+    breaker = CircuitBreaker("db", failures=1, reset_after=5)
+    batches = 0
+
+    async def handle(message: Message[bytes]) -> None:
+        if message.body == b"fails" and not message.failures:
+            raise ConnectionError
+
+    async def book(batch: Batch[Any]) -> None:
+        nonlocal batches
+        batches += 1
+        if batches == 1:
+            await asyncio.sleep(20)
+            raise ConnectionError("the database is down")
+
+    retry = Retry(attempts=5, base_delay=100)
+    options: dict[str, Any] = {"batch_size": 1, "gates": [breaker], "order_by": "key", "retry": retry}
+    async with running(Pipeline(broker.open, handle, batch=book, **options), broker):
+        broker.put("slow", key="k")
+        await asyncio.sleep(1)
+        broker.put("fails", key="other")
+        await asyncio.sleep(1)
+        broker.put("the probe", key="k")
+        await broker.until(lambda: any(one.outcome == "park" for one in broker.ended))
+        await broker.settled(3)
+        assert breaker.state == "closed"
+
+
+async def test_a_probe_whose_handler_ignores_its_timeout_does_not_shut_the_way_for_ever() -> None:
+    broker = Broker()
+    breaker = CircuitBreaker("db", failures=1, reset_after=5)
+    hangs = True
+
+    async def handle(message: Message[bytes]) -> None:
+        if message.body == b"fails" and not message.failures:
+            raise ConnectionError
+        while message.body == b"hangs" and hangs:
+            try:
+                await asyncio.sleep(1000)
+            except asyncio.CancelledError:
+                continue
+
+    options: dict[str, Any] = {"gates": [breaker], "order_by": "key", "timeout": 2, "concurrency": 5}
+    async with running(Pipeline(broker.open, handle, **options, retry=Retry(attempts=5, base_delay=100)), broker):
+        broker.put("fails", key="1")
+        await asyncio.sleep(1)
+        broker.put("hangs", key="2")
+        await asyncio.sleep(10)
+        broker.put("waits", key="3")
+        await broker.until(lambda: "m3" in broker.acked)
+        hangs = False
+        await broker.settled(3)

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sluiceway import Batch, Message, Pipeline, Reject, Release, Retry, RetryLater
+from sluiceway import App, Batch, Message, Pipeline, Reject, Release, Retry, RetryLater
 from sluiceway.consumer import FunctionConsumer
 from sluiceway.pipeline import make_spec
 from sluiceway.signatures import NO_CONTEXT
 from sluiceway.testing import VirtualClockLoop
+from sluiceway.transports.memory import MemoryTransport
 
 from .recording import Broker, running
 
@@ -577,3 +578,32 @@ async def run_plan(plan: Plan) -> None:
 def test_whatever_fails_a_key_is_handled_and_booked_one_at_a_time_and_in_order(plan: Plan) -> None:
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         runner.run(run_plan(plan))
+
+
+@virtual
+async def test_batches_that_one_batch_frees_start_at_once() -> None:
+    app = App(MemoryTransport())
+    started: list[float] = []
+    now = asyncio.get_running_loop().time
+
+    @app.consumer("t", order_by="key", concurrency=5)
+    async def route(message: Message[str]) -> None:
+        message.to(message.payload)
+
+    @route.batch("first", size=4, timeout=1)
+    async def first(batch: Batch[None]) -> None:
+        await asyncio.sleep(5)
+
+    @route.batch("then", size=1, concurrency=4)
+    async def four_at_once(batch: Batch[None]) -> None:
+        started.append(now())
+        await asyncio.sleep(100)
+
+    async with app.running() as manager:
+        for name in ("first", "then"):
+            for key in "abcd":
+                await app.publish("t", name, key=key)
+            await asyncio.sleep(2)
+        await asyncio.sleep(200)
+        assert manager.stats()[0].held == 0
+    assert started == [started[0]] * 4

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluiceway import Message, Pause, Pipeline, RateLimit
+from sluiceway import Message, Pause, Pipeline, PipelineFailed, RateLimit
 
 from .recording import Broker, bodies, running
 
@@ -391,3 +391,21 @@ async def test_a_drain_begins_at_once_also_after_a_change_while_it_is_closed() -
         await asyncio.sleep(100)
         began = now()
     assert now() - began < 0.1
+
+
+async def test_what_a_receive_of_no_list_had_asked_for_is_free_again() -> None:
+    limit = RateLimit(10, 1)
+    broken, broker = Broker(), Broker("a")
+
+    async def receive(demand: int) -> Any:
+        return None
+
+    async def open_broken() -> Any:
+        source = await broken.open()
+        source.receive = receive  # type: ignore[assignment, method-assign]
+        return source
+
+    with pytest.raises(PipelineFailed):
+        await Pipeline(open_broken, nothing, gates=[limit]).run()
+    async with running(Pipeline(broker.open, nothing, gates=[limit]), broker):
+        await broker.settled(1)

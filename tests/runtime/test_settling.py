@@ -276,3 +276,35 @@ def test_unstarted_messages_whose_lease_is_lost_never_start() -> None:
         assert started == ["m1", "m4", "m5"]
 
     asyncio.run(main())
+
+
+async def test_what_is_rejected_while_others_are_tried_again_is_tried_again_too() -> None:
+    broker = Broker("dead", "late")
+    rejects_dead, rejects_acks, slow = True, False, False
+    let_go, in_flight = asyncio.Event(), asyncio.Event()
+
+    async def settle(acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
+        if others and slow:
+            in_flight.set()
+            await asyncio.sleep(5)  # an ack comes meanwhile, and is rejected
+        refused = [Refused(one.message, "rejected", "full") for one in others if rejects_dead]
+        return refused + [Refused(one, "rejected", "full") for one in acks if rejects_acks]
+
+    broker.on_settle = settle
+
+    async def handle(message: Message[bytes]) -> None:
+        if message.body == b"dead":
+            raise ValueError
+        await let_go.wait()
+
+    async with running(Pipeline(broker.open, handle, retry=Retry(attempts=1)), broker):
+        await asyncio.sleep(1)
+        slow = True
+        await in_flight.wait()
+        rejects_acks = True
+        let_go.set()
+        await asyncio.sleep(1)
+        rejects_dead = rejects_acks = False
+        await broker.settled(2)
+    assert broker.acked == ["m2"]
+    assert not broker.held

@@ -533,3 +533,23 @@ async def test_its_source_keeps_the_contract() -> None:
     again = await feed.open()
     assert [message.id for message in await again.receive(10)] == ["n3", "n4", "n5"]
     await again.aclose()
+
+
+@pytest.mark.parametrize(("fetched", "error"), [("abc", "it returned str"), (3, "it returned int")])
+async def test_what_is_no_list_of_events_is_told(fetched: Any, error: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Wrong(Feed):
+        async def fetch(self, demand: int) -> Any:
+            return fetched
+
+    with pytest.raises(PipelineFailed, match=rf"Wrong.fetch must return a list of events, or None at the end; {error}"):
+        await Pipeline(Wrong().open, nothing, exhausted="drop").run()
+    assert caplog.messages[-1].endswith("it is given up")
+
+
+async def test_a_fetch_that_is_not_async_is_told() -> None:
+    class Wrong(Feed):
+        def fetch(self, demand: int) -> Any:
+            return []
+
+    with pytest.raises(PipelineFailed, match=r"Wrong.fetch must be an `async def`"):
+        await Pipeline(Wrong().open, nothing, exhausted="drop").run()

@@ -186,3 +186,26 @@ def test_a_transformer_that_cannot_be_is_refused_at_definition() -> None:
         Pipeline(Broker().open, handle, transform=later)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"handle: transform takes \(event\)"):
         Pipeline(Broker().open, handle, transform=lambda: None)  # type: ignore[arg-type,misc]
+
+
+async def test_two_events_of_one_key_that_come_again_later_are_both_settled_and_come_in_order() -> None:
+    broker = Broker()
+    for body in ("1", "2"):
+        broker.put(body, key="k")
+    tries = 0
+
+    def transform(event: Message[bytes]) -> Message[bytes]:
+        nonlocal tries
+        tries += 1
+        if tries <= 2:
+            raise RetryLater(1)
+        return event
+
+    handled: list[bytes] = []
+
+    async def handle(message: Message[bytes]) -> None:
+        handled.append(message.body)
+
+    async with running(Pipeline(broker.open, handle, transform=transform, order_by="key"), broker):
+        await broker.settled(2)
+    assert handled == [b"1", b"2"]

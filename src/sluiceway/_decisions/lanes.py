@@ -39,10 +39,12 @@ class Lanes:
         """Take arrivals; returns those that may start now and those that must go back behind an earlier one.
 
         No more than `longest` wait or are in batches of one lane, so that a hot key cannot fill the window; the rest
-        goes back.
+        goes back. What ended on its way here, since its lease was lost, is left out.
         """
         start, back = [], []
         for message in messages:
+            if message.state != QUEUED:
+                continue
             lane = None if message.key is None else self._lanes.get(message.key)
             if lane is None:
                 if message.key is not None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..errors import DecodeError, Directive, Reject, Release, RetryLater
+from ..errors import DecodeError, Directive, Reject, Release, RetryLater, SluicewayError
 from ..message import Ending, Message, Outgoing, Reason, Settlement
 from ..retry import Retry
 from .backoff import retry_delay
@@ -132,11 +132,16 @@ def reason_of(error: BaseException) -> Reason:
 
 
 def users_traceback(error: BaseException) -> TracebackType | None:
-    """The traceback without our own frames in front of the user's line; None when it has no other."""
+    """The traceback without our own frames in front of the user's line.
+
+    Where it has no others: None for an error of ours, whose text says it all; else the whole, since what one of the
+    user's functions returned may have been wrong.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
         trace = trace.tb_next
-    return trace
+    ours = isinstance(error, (SluicewayError, Directive))
+    return error.__traceback__ if trace is None and not ours else trace
 
 
 def remote_traceback(error: BaseException) -> str:

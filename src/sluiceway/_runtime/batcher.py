@@ -178,6 +178,7 @@ class Batcher:
             while (index := self._next()) is not None:
                 messages, info = self.queue[index]
                 del self.queue[index]
+                self.start()  # one other, if there is work for it: a batch that ends may free several
                 self._batch_started(run, messages, info)
                 error = await self._handle(run, Batch(messages, info))
                 if error is not None and self._hold_while_on_thread(run, error):
@@ -271,6 +272,7 @@ class Batcher:
         self._runs.discard(run)
         self._overdue.add(run)
         self.settler.overdue.update(run.messages)
+        self.settler.out_of_sight(run.messages)
         self._batch_ended(run, error, len(run.messages))
         if self.order is not None:
             self.order.abandon(run.messages)

@@ -80,6 +80,7 @@ class Batchers:
         gone = set(messages)
         for batcher in self.by_name.values():
             batcher.drop(gone)
+        self._start_all()  # what waited for them has its turn
 
     def on_exhausted(self, call: Callable[[], None]) -> None:
         for batcher in self.by_name.values():

@@ -51,6 +51,8 @@ class Failures:
         for settlement in settlements:
             self._say(settlement)
             self.settler.settle(settlement)
+        for message in messages if going_back else ():  # lanes park those that they have; the others never came there
+            self.settler.settle(Settlement(message, "park", counted=False))
 
     def _tell_watches(self, messages: Sequence[Message[Any]]) -> dict[Message[Any], RetryLater]:
         uncounted: dict[Message[Any], RetryLater] = {}

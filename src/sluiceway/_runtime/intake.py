@@ -26,6 +26,7 @@ log = logging.getLogger("sluiceway.intake")
 
 _suspect = attrgetter("suspect")
 
+TICK = 1e-6  # seconds: a timer may fire a clock's resolution early, and asking again at once would be told the same
 EMPTY = 0.001  # seconds to wait after a receive of nothing: a source may return at once, again and again
 
 
@@ -124,19 +125,19 @@ class Intake:
             self.telemetry.emit(Demanded(consumer=self.spec.name, demand=demand))
         try:
             messages = await self.source.receive(demand)
+            self.received += len(messages)
+            self.settler.held.update(messages)
         except BaseException:
             self._answered(0, demand)
             raise
         self.asking = 0
-        self.received += len(messages)
-        self.settler.held.update(messages)
         self._ran_dry = not self.processors.unstarted
         return messages
 
     @property
     def _in_order(self) -> bool:
         """Whether somebody is to hear of a receive before its messages are handled."""
-        return Received in self.telemetry.attached or self.prepare is not None
+        return Received in self.telemetry.attached or self.prepare is not None or self._returns_failed
 
     def _answered(self, count: int, demand: int) -> None:
         """The receive brought `count` messages, or raised."""
@@ -218,8 +219,9 @@ class Intake:
         timer: asyncio.TimerHandle | None = None
         self._at_gates = self._free() > 0
         if self._at_gates:
-            at = self.gates.wait(self._loop.time())
-            timer = None if at is None else self._loop.call_at(at, _wake, room)
+            now = self._loop.time()
+            at = self.gates.wait(now)
+            timer = None if at is None else self._loop.call_at(max(at, now + TICK), _wake, room)
         try:
             await room
         finally:

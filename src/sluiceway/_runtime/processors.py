@@ -327,6 +327,7 @@ class AsyncProcessors:
     def _hold(self, slot: Slot, message: Message[Any], error: BaseException) -> None:
         log.error("%s; it stays unsettled until its handler ends, and later ones of key %r wait", error, message.key)
         self.settler.overdue.add(message)
+        self.settler.out_of_sight((message,))
         self.on_abandoned(message)
         self._give_place(slot)
 

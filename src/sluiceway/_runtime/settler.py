@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from typing import Any
 
 from .._decisions.backoff import reconnect_delay
@@ -147,9 +147,19 @@ class PipelineSettler:
         if settlement.message.state >= SETTLED:
             return
         settlement.message.state = SETTLED
+        if settlement.outcome in ("park", "release"):
+            self.out_of_sight((settlement.message,))
         self._add(settlement)
         if not self.scheduled:
             self.schedule()
+
+    def out_of_sight(self, messages: Collection[Message[Any]]) -> None:
+        """Tell gates that wait for the end of one of these that they will not see it."""
+        for watch in self.spec.watches:
+            try:
+                watch.gone(messages)
+            except Exception:
+                log.exception("%s: a gate raised on a message that goes back", self.spec.name)
 
     async def settle_now(self, messages: Sequence[Message[Any]]) -> None:
         """End deliveries as successes while their handler runs on; return when the broker has them.
@@ -248,12 +258,12 @@ class PipelineSettler:
             await self._other_wake.wait()
             self._other_wake.clear()
             again, self._try_stuck = self._try_stuck, False
+            tried = len(self.stuck) if again else 0
             batch, self._others = [*self._others, *(self.stuck if again else ())], []
             if batch:
                 refused = await self._insist("settlements", (), batch)
                 rejected = _rejected(refused)
-                if again:
-                    self.stuck.clear()
+                del self.stuck[:tried]  # what was rejected meanwhile is behind those, and stays
                 self._keep([one for one in batch if id(one.message) in rejected])
                 batch = [one for one in batch if id(one.message) not in rejected]
                 self._ended([one.message for one in batch], refused)

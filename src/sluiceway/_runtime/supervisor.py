@@ -220,6 +220,7 @@ class Supervisor:
         self._reason = f"{type(error).__name__}: {error}"
         if delay is None:
             self._state = "failed"
+            log.error("%s: the pipeline crashed once more than allowed; it is given up", self.spec.name, exc_info=error)
             rule = f"{self._rule.max_restarts} restarts in {self._rule.max_seconds:g} s"
             raise PipelineFailed(
                 f"{self.spec.name}: crashed more often than {rule} allow; last: {self._reason}"

@@ -275,6 +275,7 @@ class ThreadProcessors:
         message.error, slot.overdue = error, message
         self._inside -= 1
         self.settler.overdue.add(message)
+        self.settler.out_of_sight((message,))
         self.on_abandoned(message)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from .._decisions.breaker import Breaker, BreakerState
@@ -146,9 +146,13 @@ class CircuitWatch:
         seconds = circuit.probe_failed(probe.error)
         return {probe: RetryLater(seconds, f"{circuit.name}: the probe failed", counted=False)}
 
-    def stopped(self) -> None:
-        if self._mine is not None and self._circuit.probe_in((self._mine,)):
+    def gone(self, messages: Collection[Message[Any]]) -> None:
+        if self._mine is not None and self._mine in messages and self._circuit.probe_in((self._mine,)):
             self._circuit.probe_unknown()
+
+    def stopped(self) -> None:
+        if self._mine is not None:
+            self.gone((self._mine,))
 
 
 def _draw() -> float:

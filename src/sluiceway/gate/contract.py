@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakMethod
@@ -59,13 +59,15 @@ class Watch(Protocol):
     """What a gate sees of one pipeline's messages, in the loop.
 
     `message` and `batch` are middleware, outside all other. `failed` is told of every failure, also of timeouts, which
-    no middleware sees; it returns what those messages end with whose failure is not to count. `stopped`: the pipeline
-    has ended, and nothing more is to be heard of its messages.
+    no middleware sees; it returns what those messages end with whose failure is not to count. `gone`: these go back, or
+    their handlers were given up, and no more is to be heard of them for now. `stopped`: the pipeline has ended, and
+    nothing more is to be heard of its messages.
     """
 
     async def message(self, message: Message[Any], call_next: Handler) -> Any: ...
     async def batch(self, batch: Batch[Any], call_next: BatchHandler) -> Any: ...
     def failed(self, messages: Sequence[Message[Any]]) -> Mapping[Message[Any], RetryLater]: ...
+    def gone(self, messages: Collection[Message[Any]]) -> None: ...
     def stopped(self) -> None: ...
 
 

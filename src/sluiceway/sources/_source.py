@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._decisions.backoff import reconnect_delay
@@ -93,7 +93,7 @@ class FeedSource:
         tries = 0
         while True:
             try:
-                events = await self._feed.fetch(demand)
+                events = await _fetched(self._name, self._feed.fetch(demand))
             except self._feed.transient as error:
                 delay = reconnect_delay(tries, random.random())
                 tries += 1
@@ -238,3 +238,15 @@ def _body(event: Any) -> bytes:
         return encode(event)
     except SluicewayError:
         return repr(event).encode(errors="backslashreplace")
+
+
+async def _fetched(name: str, fetching: Any) -> Sequence[Any] | None:
+    """What `fetch` returns. Raises TypeError for what is no list of events: a text would be taken for many."""
+    if not isinstance(fetching, Awaitable):
+        raise TypeError(f"{name}.fetch must be an `async def`; it returned {type(fetching).__name__}")
+    events = await fetching
+    if events is None or (isinstance(events, Sequence) and not isinstance(events, (str, bytes, bytearray))):
+        return events
+    raise TypeError(
+        f"{name}.fetch must return a list of events, or None at the end; it returned {type(events).__name__}"
+    )
