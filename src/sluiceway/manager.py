@@ -13,13 +13,13 @@ from ._decisions.backoff import RestartRule
 from ._runtime.drain import Drained
 from ._runtime.flow import uncancelled
 from ._runtime.supervisor import PipelineStats, Supervisor
+from .assembly import make_spec, make_subscription, topology_of
 from .consumer import ConsumerDef
 from .errors import AppError, PipelineFailed
 from .gate import Pause
 from .message import PublishHeaders
 from .middleware import BatchMiddleware, Middleware
 from .options import unknown
-from .pipeline import make_spec, make_subscription, topology_of
 from .signatures import Lifespan
 from .source import Backlog, Source, SourceInfo
 from .telemetry import Telemetry

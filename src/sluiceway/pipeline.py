@@ -1,233 +1,29 @@
-"""From a declared consumer, or from any source and a handler, to a running pipeline."""
+"""A pipeline over any source and a handler, without an app."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self, Unpack
 
 from msgspec.structs import replace
 
 from ._decisions.backoff import RestartRule
-from ._decisions.policy import FailureRules
 from ._runtime.flow import uncancelled
-from ._runtime.spec import BatcherSpec, PipelineSpec, RemoteHandler
 from ._runtime.supervisor import PipelineStats, Supervisor
-from ._runtime.thread_calls import ThreadCalls
-from .codec import Decode, Format, encode, make_decoder, make_encoder
-from .consumer import Bound, ConsumerDef, FunctionConsumer
-from .errors import AppError, OptionError, Unsupported
-from .gate import Gate, Watcher
-from .message import Batch, BatchHandler, Message, PublishHeaders
-from .middleware import BatchMiddleware, ConsumerInfo, Middleware, compose, decodes, made_for
-from .options import Batching, ConsumerOptions
-from .signatures import NO_CONTEXT, Lifespan, check_call, is_async
-from .source import OnRevoke, Source, SourceInfo, Subscription
+from .assembly import make_spec
+from .consumer import FunctionConsumer
+from .errors import AppError, OptionError
+from .message import Batch, Message, PublishHeaders
+from .options import ConsumerOptions
+from .signatures import NO_CONTEXT, check_call, is_async
+from .source import Source, SourceInfo
 from .telemetry import Telemetry
-from .topology import BatcherStage, Stage, Topology
-from .transport import Features
+from .topology import Topology
 
-AUTOMATIC_CEILING = 1_000  # messages; more brings no speed (measured: 100: 1.05 M/s, 1,000: 1.6-2.2 M/s)
 SHUTDOWN_TIMEOUT = 25.0  # seconds, below the 30 that Kubernetes gives
-
-
-def window_floor(concurrency: int, batchings: Mapping[str, Batching]) -> int:
-    """The least window that lets every processor work and every batch fill."""
-    return concurrency + sum(one.size * (one.concurrency + 1) for one in batchings.values())
-
-
-def window_bounds(definition: ConsumerDef, batchings: Mapping[str, Batching]) -> tuple[int, int]:
-    """Floor and ceiling of a consumer's window; equal when `max_demand` pins it. Raises OptionError.
-
-    The ceiling leaves room for one waiting message per processor: without one, a thousand processors each wait for a
-    turn of the loop after every message (a tenth of what they do, with handlers of 10 ms).
-    """
-    floor = window_floor(definition.value("concurrency"), batchings)
-    pinned = definition.value("max_demand")
-    if pinned is None:
-        return floor, max(floor + definition.value("concurrency"), AUTOMATIC_CEILING)
-    if pinned < floor:
-        raise OptionError(
-            f"{definition.name}: max_demand must be at least {floor} (concurrency + size x (concurrency + 1) of each "
-            f"batcher), or batches can never fill; got {pinned}"
-        )
-    return pinned, pinned
-
-
-def make_spec(
-    definition: ConsumerDef,
-    bound: Bound,
-    *,
-    group: str,
-    features: Features | None = None,
-    gates: Sequence[Gate] = (),
-    middleware: Sequence[Middleware] = (),
-    batch_middleware: Sequence[BatchMiddleware] = (),
-    publish_headers: PublishHeaders | None = None,
-    stats: Callable[[], PipelineStats | None] = lambda: None,
-    lifespan: Lifespan | None = None,
-) -> PipelineSpec:
-    """Everything the runtime needs to know of a consumer. Raises OptionError or Unsupported, before any message.
-
-    Worker processes enter `lifespan`, the app's.
-    The app's `middleware` and `batch_middleware` go round the consumer's own, and what gates watch with round both.
-    """
-    value = definition.value
-    batchings = {name: batching for name, (_, batching) in bound.batchers.items()}
-    of_batches = ("batch_size", "batch_timeout", "batch_middleware")
-    idle = next((one for one in of_batches if one in definition.given and not batchings), None)
-    if idle is not None:
-        raise OptionError(
-            f"{definition.name}: {idle} has no effect without a batch handler: declare one or leave it out"
-        )
-    floor, ceiling = window_bounds(definition, batchings)
-    if features is not None:
-        check_features(definition, features)
-    info = _info(definition, bound, group, stats)
-    gates = tuple({id(gate): gate for gate in (*gates, *value("gates"))}.values())  # each once
-    watches = tuple(gate.watch(batched=bool(batchings)) for gate in gates if isinstance(gate, Watcher))
-    middleware = (*(one.message for one in watches), *middleware, *value("middleware"))
-    batch_middleware = (*(one.batch for one in watches), *batch_middleware, *value("batch_middleware"))
-    threads: list[ThreadCalls] = []
-
-    def on_threads(function: Callable[[Any], Any], count: int) -> ThreadCalls:
-        threads.append(ThreadCalls(function, count))
-        return threads[-1]
-
-    def batch_handler(name: str, function: Callable[[Batch[Any]], Any], count: int) -> BatchHandler:
-        handle: BatchHandler = function if is_async(function) else on_threads(function, count)
-        return compose(made_for(replace(info, batcher=name), batch_middleware), handle)
-
-    handle: Any = bound.handle
-    remote = _remote(definition, bound, features, lifespan, decodes(middleware))
-    if middleware and remote is None:
-        inner = handle if bound.is_async else on_threads(handle, value("concurrency"))
-        handle = compose(made_for(info, middleware), inner)
-    prepare = bound.prepare if bound.prepare is None or is_async(bound.prepare) else on_threads(bound.prepare, 1)
-    return PipelineSpec(
-        name=definition.name,
-        topics=definition.topics,
-        group=group,
-        mode="process" if remote is not None else "async" if bound.is_async or middleware else "thread",
-        handle=handle,
-        decode=None if decodes(middleware) else _decoder(definition.name, bound.payload_type),
-        encode=encode if features is None else make_encoder(features.max_payload),
-        rules=FailureRules(
-            consumer=definition.name,
-            group=group,
-            retry=value("retry"),
-            dead_letter_topic=value("dead_letter_topic"),
-            exhausted=value("exhausted"),
-        ),
-        batchers={
-            name: BatcherSpec(
-                name=name,
-                handle=batch_handler(name, function, batching.concurrency),
-                size=batching.size,
-                timeout=batching.timeout,
-                key=batching.key,
-                split=batching.split,
-                concurrency=batching.concurrency,
-            )
-            for name, (function, batching) in bound.batchers.items()
-        },
-        concurrency=value("concurrency"),
-        timeout=value("timeout"),
-        floor=floor,
-        ceiling=ceiling,
-        buffer_time=value("buffer_time"),
-        max_bytes=value("max_buffer_bytes"),
-        max_payload=value("max_payload"),
-        ordered=value("order_by") is not None,
-        gates=gates,
-        watches=watches,
-        on_error=bound.on_error,
-        on_failed=bound.on_failed,
-        prepare=prepare,
-        acknowledgers=tuple(value("acknowledgers")),
-        publish_headers=publish_headers,
-        topology=topology_of(definition, group),
-        sources=value("sources"),
-        options={name: one.value for name, one in definition.options.items()},
-        remote=remote,
-        around=(lambda inner: compose(made_for(info, middleware), inner)) if middleware else None,
-        threads=tuple(threads),  # evaluated last: the batchers above have added theirs
-    )
-
-
-def _remote(
-    definition: ConsumerDef,
-    bound: Bound,
-    features: Features | None,
-    lifespan: Lifespan | None,
-    decoded_by_middleware: bool,
-) -> RemoteHandler | None:
-    """What worker processes are given with `executor="process"`. Raises OptionError."""
-    if definition.value("executor") != "process":
-        return None
-    stays = "prepare" if bound.prepare is not None else "a middleware that decodes" if decoded_by_middleware else None
-    if stays is not None:
-        raise OptionError(
-            f"{definition.name}: executor='process' and {stays} exclude each other: what that leaves in a message does "
-            "not reach the worker processes; do it in the handler"
-        )
-    from .remote import remote_handler  # here: few consumers need what it imports
-
-    max_payload = None if features is None else features.max_payload
-    return remote_handler(definition, lifespan=lifespan, max_payload=max_payload, is_async=bound.is_async)
-
-
-def _info(definition: ConsumerDef, bound: Bound, group: str, stats: Callable[[], PipelineStats | None]) -> ConsumerInfo:
-    return ConsumerInfo(
-        name=definition.name,
-        group=group,
-        batchers=tuple(bound.batchers),
-        is_async=bound.is_async,
-        payload_type=bound.payload_type,
-        decoder=lambda format: _decoder(definition.name, bound.payload_type, format) or bytes,
-        stats=stats,
-    )
-
-
-def _decoder(name: str, payload_type: Any, format: Format = "json") -> Decode | None:
-    try:
-        return make_decoder(payload_type, format)
-    except OptionError as error:
-        raise OptionError(f"{name}: {error}") from error
-
-
-def make_subscription(definition: ConsumerDef, spec: PipelineSpec, on_revoke: OnRevoke) -> Subscription:
-    """What the transport is asked to open."""
-    return Subscription(
-        topics=definition.topics,
-        group=spec.group,
-        window=spec.ceiling,
-        max_bytes=spec.max_bytes,
-        start=definition.value("start"),
-        order_by=definition.value("order_by"),
-        on_revoke=on_revoke,
-    )
-
-
-def topology_of(definition: ConsumerDef, group: str) -> Topology:
-    """The stages that a consumer has or would have."""
-    name = definition.name
-    return Topology(
-        pipeline=name,
-        topics=definition.topics,
-        group=group,
-        sources=Stage(name=f"{name}: source", concurrency=definition.value("sources")),
-        processors=Stage(name=f"{name}: processor", concurrency=definition.value("concurrency")),
-        batchers=tuple(
-            BatcherStage(
-                batcher=batcher,
-                batch_processors=Stage(name=f"{name}: batcher {batcher}", concurrency=batching.concurrency),
-            )
-            for batcher, batching in definition.batchings().items()
-        ),
-    )
 
 
 class Pipeline:
@@ -368,13 +164,3 @@ def _checked_transform(name: str, transform: Any) -> Callable[[Any], Message[Any
         raise OptionError(f"{name}: transform is a plain function; what has to wait belongs in the source")
     checked: Callable[[Any], Message[Any]] = transform
     return checked
-
-
-def check_features(definition: ConsumerDef, features: Features) -> None:
-    name, value = definition.name, definition.value
-    if value("order_by") is not None and features.order == "none":
-        raise Unsupported(f"{name}: order_by needs a broker that keeps order, and this one does not")
-    if features.delay == "none" and value("retry").attempts > 1 and value("retry").base_delay > 0:
-        raise Unsupported(f"{name}: retry with a delay needs a broker that delays messages; use base_delay=0")
-    if not features.wildcards and any(word in ("*", "#") for topic in definition.topics for word in topic.split(".")):
-        raise Unsupported(f"{name}: this broker has no topic patterns; name each topic of {definition.topics}")

@@ -129,7 +129,6 @@ class Source(Protocol):
 
         `_decisions.suspicion.suspicions_now` says how many suspicions there are then; they explain every death so far.
 
-
         True: it is written and `message.suspicions` says so: run it now. False: run nothing; the message is no longer
         ours, or comes again with its suspicion.
         """

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sluiceway import App, Batch, ForeignMessage, Message, Pipeline, Retry, Split
+from sluiceway.assembly import make_spec
 from sluiceway.consumer import FunctionConsumer
-from sluiceway.pipeline import make_spec
 from sluiceway.signatures import NO_CONTEXT
 from sluiceway.transports.memory import MemoryTransport
 

@@ -16,8 +16,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sluiceway import App, Batch, Message, Pipeline, Reject, Release, Retry, RetryLater
+from sluiceway.assembly import make_spec
 from sluiceway.consumer import FunctionConsumer
-from sluiceway.pipeline import make_spec
 from sluiceway.signatures import NO_CONTEXT
 from sluiceway.testing import VirtualClockLoop
 from sluiceway.transports.memory import MemoryTransport

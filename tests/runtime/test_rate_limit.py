@@ -409,3 +409,29 @@ async def test_what_a_receive_of_no_list_had_asked_for_is_free_again() -> None:
         await Pipeline(open_broken, nothing, gates=[limit]).run()
     async with running(Pipeline(broker.open, nothing, gates=[limit]), broker):
         await broker.settled(1)
+
+
+async def test_a_gate_that_raises_leaves_nobody_waiting_at_it() -> None:
+    class Fragile:
+        broken = True
+
+        def allow(self, now: float, wanted: int) -> int:
+            return 0 if self.broken else min(wanted, 4)
+
+        def took(self, now: float, count: int) -> None: ...
+
+        def opens_at(self, now: float) -> float | None:
+            raise ZeroDivisionError
+
+        def on_change(self, call: Any) -> None: ...
+
+    gate, broker = Fragile(), Broker()
+    with pytest.raises(PipelineFailed):
+        await Pipeline(Broker().open, nothing, gates=[gate]).run()
+    gate.broken = False
+    pipeline = Pipeline(broker.open, nothing, gates=[gate])
+    async with running(pipeline, broker):
+        await asyncio.sleep(1)
+        stats = pipeline.stats()
+        assert stats is not None
+        assert stats.demand == 4  # all that it allows: no ghost of the other has a share

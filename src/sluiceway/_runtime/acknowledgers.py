@@ -10,6 +10,7 @@ from typing import Any
 
 from ..acknowledger import Acknowledger
 from ..message import Message, Refused, Settlement
+from .unset import raise_it
 
 log = logging.getLogger("sluiceway.settler")
 
@@ -18,7 +19,7 @@ class Acknowledgers:
     """All acknowledgers of one consumer. `on_exit` is called when one exits the app."""
 
     def __init__(self, consumer: str, acknowledgers: Sequence[Acknowledger]) -> None:
-        self.on_exit: Callable[[BaseException], None] = _raise
+        self.on_exit: Callable[[BaseException], None] = raise_it
         self._consumer = consumer
         self._all = acknowledgers
 
@@ -51,7 +52,3 @@ def cancelled_from_outside(error: BaseException) -> bool:
     """Whether it is our own task that is cancelled, and not something that it waited for."""
     task = asyncio.current_task()
     return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
-
-
-def _raise(error: BaseException) -> None:
-    raise error

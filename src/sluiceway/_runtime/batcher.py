@@ -17,6 +17,7 @@ from .failures import Failures
 from .settler import PipelineSettler
 from .spans import Span, Spans
 from .spec import BatcherSpec, PipelineSpec
+from .unset import nothing, raise_it
 
 log = logging.getLogger("sluiceway")
 
@@ -56,9 +57,9 @@ class Batcher:
         self.spans = Spans(spec, hub)
         self.forming = Forming(batcher.name, batcher.size, batcher.timeout, batcher.key, batcher.split)
         self.queue: deque[Emitted] = deque()
-        self.on_idle: Callable[[], None] = _nothing
-        self.on_crash: Callable[[BaseException], None] = _raise
-        self.on_exhausted: Callable[[], None] = _nothing
+        self.on_idle: Callable[[], None] = nothing
+        self.on_crash: Callable[[BaseException], None] = raise_it
+        self.on_exhausted: Callable[[], None] = nothing
         self.order: BatchOrder | None = None
         self._overdue: set[_Run] = set()  # abandoned ones that hold their messages until they end, if ever
         self._closed = False
@@ -192,9 +193,8 @@ class Batcher:
                     return
         finally:
             self._end_overdue(run)
-            self._runs.discard(
-                run
-            )  # now, not when the task's callbacks run: what is emitted until then needs a new one
+            # Now, not when the task's callbacks run: what is emitted until then needs a new one.
+            self._runs.discard(run)
             self._batch_ended(run, asyncio.CancelledError(), 0)  # it was cut off, or has ended before
 
     def _end_overdue(self, run: _Run) -> None:
@@ -317,11 +317,3 @@ class Batcher:
 
     def _timeout_error(self, run: _Run, more: str = "") -> HandlerTimeout:
         return HandlerTimeout(f"{self.spec.name}: a batch of {len(run.messages)} ran over {self.spec.timeout} s{more}")
-
-
-def _nothing() -> None:
-    pass
-
-
-def _raise(error: BaseException) -> None:
-    raise error

@@ -17,6 +17,7 @@ from .chance import draw
 from .settler import PipelineSettler
 from .spans import Spans
 from .spec import ErrorChoice, PipelineSpec
+from .unset import raise_it
 
 log = logging.getLogger("sluiceway")
 
@@ -29,7 +30,7 @@ class Failures:
         self.settler = settler
         self.telemetry = telemetry
         self.spans = Spans(spec, telemetry)
-        self.on_exit: Callable[[BaseException], None] = _raise
+        self.on_exit: Callable[[BaseException], None] = raise_it
 
     async def failed(self, messages: Sequence[Message[Any]]) -> None:
         """Settle messages whose `error` is set. Never raises what a hook raises; settles even when cancelled."""
@@ -184,7 +185,3 @@ def _next_step(settlement: Settlement) -> str:
 def _error(message: Message[Any]) -> BaseException:
     assert message.error is not None
     return message.error
-
-
-def _raise(error: BaseException) -> None:
-    raise error

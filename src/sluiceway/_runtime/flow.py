@@ -25,6 +25,7 @@ from .settler import PipelineSettler
 from .spans import Spans
 from .spec import PipelineSpec
 from .threads import ThreadProcessors
+from .unset import raise_it
 
 log = logging.getLogger("sluiceway")
 
@@ -39,7 +40,7 @@ class Flow:
         self.source = source
         self.telemetry = telemetry
         self.time = asyncio.get_running_loop().time
-        self.on_exit: Callable[[BaseException], None] = _raise
+        self.on_exit: Callable[[BaseException], None] = raise_it
         horizon = spec.buffer_time if source.lease is None else min(spec.buffer_time, source.lease / 3)
         self.window = Window(floor=spec.floor, ceiling=spec.ceiling, horizon=horizon, max_bytes=spec.max_bytes)
         self.settler = PipelineSettler(spec, source, telemetry)
@@ -254,7 +255,3 @@ async def uncancelled(work: Coroutine[Any, Any, Any]) -> None:
     task.result()
     if cancelled is not None:
         raise cancelled
-
-
-def _raise(error: BaseException) -> None:
-    raise error

@@ -218,11 +218,11 @@ class Intake:
         room = self._room = self._loop.create_future()
         timer: asyncio.TimerHandle | None = None
         self._at_gates = self._free() > 0
-        if self._at_gates:
-            now = self._loop.time()
-            at = self.gates.wait(now)
-            timer = None if at is None else self._loop.call_at(max(at, now + TICK), _wake, room)
         try:
+            if self._at_gates:
+                now = self._loop.time()
+                at = self.gates.wait(now)
+                timer = None if at is None else self._loop.call_at(max(at, now + TICK), _wake, room)
             await room
         finally:
             self._room = None
@@ -254,9 +254,10 @@ class Intake:
             await self.quarantine.run(messages)
         else:
             self._apart = False
-            if self.prepare is not None:
-                messages = await self.prepare(messages)
-            self._queue(messages)
+            if self.prepare is None:
+                self._queue(messages)
+            else:
+                await self.put(messages)
 
     async def put(self, messages: Sequence[Message[Any]]) -> None:
         """Queue messages to be handled, in order; `prepare` has them first."""

@@ -18,6 +18,7 @@ from .processors import AsyncProcessors
 from .settler import PipelineSettler
 from .spans import Span, Spans
 from .spec import PipelineSpec
+from .unset import no, nothing, nothing_with, raise_it
 from .worker import Worker
 from .worker_pool import WorkerPool
 from .worker_words import NOTHING, More, outgoing_of
@@ -43,12 +44,12 @@ class ProcessProcessors:
         self.settler = settler
         self.batchers = batchers
         self.failures = failures
-        self.on_idle: Callable[[], None] = _nothing
+        self.on_idle: Callable[[], None] = nothing
         self.on_finished: Callable[[Message[Any]], None] | None = None
-        self.on_crash: Callable[[BaseException], None] = _raise
-        self.on_exhausted: Callable[[], None] = _nothing
-        self.on_abandoned: Callable[[Message[Any]], None] = _nothing_with
-        self.still_on_thread: Callable[[Message[Any]], bool] = _no
+        self.on_crash: Callable[[BaseException], None] = raise_it
+        self.on_exhausted: Callable[[], None] = nothing
+        self.on_abandoned: Callable[[Message[Any]], None] = nothing_with
+        self.still_on_thread: Callable[[Message[Any]], bool] = no
         self.pool = WorkerPool(spec.name, spec.remote, spec.concurrency, self, ahead=Ahead(), timeout=spec.timeout)
         self._give_back = give_back
         self._failing: set[asyncio.Task[None]] = set()
@@ -265,19 +266,3 @@ def take_over(message: Message[Any], more: More, settler: PipelineSettler) -> No
             outgoing = outgoing_of(fields)
             headers = settler.with_headers(outgoing.headers)
             message.outputs.append(outgoing if headers is outgoing.headers else replace(outgoing, headers=headers))
-
-
-def _nothing() -> None:
-    pass
-
-
-def _nothing_with(message: Message[Any]) -> None:
-    pass
-
-
-def _no(message: Message[Any]) -> bool:
-    return False
-
-
-def _raise(error: BaseException) -> None:
-    raise error

@@ -15,6 +15,7 @@ from .failures import Failures
 from .settler import PipelineSettler
 from .spans import Span, Spans
 from .spec import PipelineSpec
+from .unset import no, nothing, nothing_with, raise_it
 
 log = logging.getLogger("sluiceway")
 
@@ -111,12 +112,12 @@ class AsyncProcessors:
         self.settler = settler
         self.batchers = batchers
         self.failures = failures
-        self.on_idle: Callable[[], None] = _nothing
+        self.on_idle: Callable[[], None] = nothing
         self.on_finished: Callable[[Message[Any]], None] | None = None  # a handler returned and did not fail
-        self.on_crash: Callable[[BaseException], None] = _raise
-        self.on_exhausted: Callable[[], None] = _nothing
-        self.on_abandoned: Callable[[Message[Any]], None] = _nothing_with  # for lanes: its handler runs on, overdue
-        self.still_on_thread: Callable[[Message[Any]], bool] = _no
+        self.on_crash: Callable[[BaseException], None] = raise_it
+        self.on_exhausted: Callable[[], None] = nothing
+        self.on_abandoned: Callable[[Message[Any]], None] = nothing_with  # for lanes: its handler runs on, overdue
+        self.still_on_thread: Callable[[Message[Any]], bool] = no
         self._handle: Handler = spec.handle  # looked up for each message: listeners come and go
         self._span_of_run: Callable[[str], Span] | None = None
         self._in_run = 0  # processors within a run
@@ -406,19 +407,3 @@ class AsyncProcessors:
     def _failing_ended(self, task: asyncio.Task[None]) -> None:
         self._failing.discard(task)
         self._look_for_crash(task)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _nothing_with(message: Message[Any]) -> None:
-    pass
-
-
-def _no(message: Message[Any]) -> bool:
-    return False
-
-
-def _raise(error: BaseException) -> None:
-    raise error

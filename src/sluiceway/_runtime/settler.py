@@ -19,6 +19,7 @@ from ..telemetry import Published, Settled, SettleRefused, Telemetry
 from .acknowledgers import Acknowledgers, cancelled_from_outside
 from .chance import draw
 from .spec import PipelineSpec
+from .unset import nothing
 
 log = logging.getLogger("sluiceway.settler")
 
@@ -42,8 +43,8 @@ class PipelineSettler:
         self.finished = 0  # deliveries that ended, in all
         self.occupancy = Occupancy(asyncio.get_running_loop().time(), processors=spec.concurrency)
         self.stuck: list[Settlement] = []  # what the broker rejected; while there is one, demand stops
-        self.on_stuck: Callable[[], None] = _nothing  # that has begun or ended
-        self.on_freed: Callable[[], None] = _nothing
+        self.on_stuck: Callable[[], None] = nothing  # that has begun or ended
+        self.on_freed: Callable[[], None] = nothing
         self.on_settlement: Callable[[Settlement], None] | None = None  # for lanes: a delivery is about to end so
         self.on_ended: Callable[[Sequence[Message[Any]]], None] | None = None  # for lanes: these have ended
         self.acknowledgers = Acknowledgers(spec.name, spec.acknowledgers) if spec.acknowledgers else None
@@ -377,7 +378,3 @@ class PipelineSettler:
 
 def _rejected(refused: Sequence[Refused]) -> set[int]:
     return {id(one.message) for one in refused if one.kind == "rejected"}
-
-
-def _nothing() -> None:
-    pass

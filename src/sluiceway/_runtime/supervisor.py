@@ -19,6 +19,7 @@ from .drain import Drained
 from .flow import Flow, uncancelled
 from .opening import not_wanted, open_sources
 from .spec import PipelineSpec
+from .unset import raise_it
 
 log = logging.getLogger("sluiceway")
 
@@ -72,7 +73,7 @@ class Supervisor:
         self.telemetry = telemetry
         self.drained: Drained | None = None
         self.started = asyncio.Event()  # the source was open once
-        self.on_exit: Callable[[BaseException], None] = _raise
+        self.on_exit: Callable[[BaseException], None] = raise_it
         self._open = open_source
         self._rule = rule
         self._timeout = shutdown_timeout
@@ -232,7 +233,3 @@ class Supervisor:
             await asyncio.wait_for(self._stopping.wait(), delay)
         except TimeoutError:
             return
-
-
-def _raise(error: BaseException) -> None:
-    raise error

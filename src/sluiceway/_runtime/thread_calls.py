@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from ..message import Batch, Message
+from .unset import nothing
 
 Call = tuple[Any, contextvars.Context, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 
@@ -26,7 +27,7 @@ class ThreadCalls:
     """
 
     def __init__(self, function: Callable[[Any], Any], threads: int) -> None:
-        self.on_abandoned: Callable[[], None] = _nothing
+        self.on_abandoned: Callable[[], None] = nothing
         self.abandoned: set[Any] = set()  # what threads still run and nobody waits for
         self._inside: set[Any] = set()  # what threads run: messages or batches
         self._waiters: list[asyncio.Future[None]] = []  # of `returned`
@@ -120,7 +121,3 @@ def _answer(future: asyncio.Future[Any], value: Any, failure: BaseException | No
         future.set_exception(RuntimeError(f"the function raised StopIteration: {failure!r}"))
     else:
         future.set_exception(failure)
-
-
-def _nothing() -> None:
-    pass

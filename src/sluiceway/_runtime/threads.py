@@ -20,6 +20,7 @@ from .settler import PipelineSettler
 from .spans import Spans
 from .spec import PipelineSpec
 from .thread_calls import returned_awaitable
+from .unset import always, nothing, nothing_with, raise_it
 
 log = logging.getLogger("sluiceway")
 
@@ -50,12 +51,12 @@ class ThreadProcessors:
         self.settler = settler
         self.batchers = batchers
         self.failures = failures
-        self.on_idle: Callable[[], None] = _nothing
+        self.on_idle: Callable[[], None] = nothing
         self.on_finished: Callable[[Message[Any]], None] | None = None
-        self.on_crash: Callable[[BaseException], None] = _raise
-        self.on_exhausted: Callable[[], None] = _nothing
-        self.on_abandoned: Callable[[Message[Any]], None] = _nothing_with
-        self.still_on_thread: Callable[[Message[Any]], bool] = _always
+        self.on_crash: Callable[[BaseException], None] = raise_it
+        self.on_exhausted: Callable[[], None] = nothing
+        self.on_abandoned: Callable[[Message[Any]], None] = nothing_with
+        self.still_on_thread: Callable[[Message[Any]], bool] = always
         self._handle: Callable[[Message[Any]], Any] = spec.handle  # looked up for each message: listeners come and go
         self._abandoned: set[_Slot] = set()  # until they return, if ever
         self._threads = 0
@@ -277,19 +278,3 @@ class ThreadProcessors:
         self.settler.overdue.add(message)
         self.settler.out_of_sight((message,))
         self.on_abandoned(message)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _nothing_with(message: Message[Any]) -> None:
-    pass
-
-
-def _always(message: Message[Any]) -> bool:
-    return True
-
-
-def _raise(error: BaseException) -> None:
-    raise error

@@ -8,10 +8,10 @@ from msgspec import Struct
 
 from .._decisions.topics import dead_letter_topic, is_pattern
 from ..app import App
+from ..assembly import check_features, window_bounds
 from ..consumer import ClassConsumer, ConsumerDef, FunctionConsumer
 from ..message import DEFAULT_BATCHER
 from ..options import Resolved
-from ..pipeline import check_features, window_bounds
 from ..remote import remote_handler
 from ..signatures import is_async
 
