@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -94,6 +95,12 @@ class Owners:
         except Exception:
             if not opened.retired:
                 raise
+            # The broker has them still: only once it has them back may others be asked for in their place.
+            for message in [one for one, owner in self.of.items() if owner is opened]:
+                del self.of[message]
+            if not self._at_once:  # a settle that must not wait leaves the closing to `settled`
+                with contextlib.suppress(Exception):
+                    await opened.source.aclose()
             refused = [Refused(message, "lost", "its source failed") for message in messages]
         rejected = {id(one.message) for one in refused if one.kind == "rejected"}
         for message in messages:
