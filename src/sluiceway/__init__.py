@@ -4,6 +4,7 @@ from ._decisions.occupancy import TimeSpent
 from ._runtime.supervisor import PipelineStats
 from .acknowledger import Acknowledger
 from .app import App
+from .batch import Batch, BatchInfo, Split
 from .consumer import Consumer, FunctionConsumer, consumer
 from .errors import (
     AlreadySettled,
@@ -27,7 +28,7 @@ from .errors import (
 )
 from .gate import CircuitBreaker, Gate, Pause, RateLimit
 from .manager import ConsumerManager
-from .message import Batch, BatchInfo, Message, Outgoing, Split
+from .message import Message, Outgoing
 from .middleware import BatchMiddleware, Middleware
 from .options import Batching, ConsumerOptions
 from .pipeline import Pipeline

@@ -30,8 +30,14 @@ log = logging.getLogger("sluiceway")
 DEFAULT_URL = "sqlite:///sluiceway.db"
 
 _SCHEMES: dict[str, tuple[str, str]] = {
+    "amqp": ("sluiceway.transports.rabbitmq", "RabbitMQTransport"),
+    "amqps": ("sluiceway.transports.rabbitmq", "RabbitMQTransport"),
     "memory": ("sluiceway.transports.memory", "MemoryTransport"),
+    "nats": ("sluiceway.transports.nats", "NATSTransport"),
+    "redis": ("sluiceway.transports.redis", "RedisTransport"),
+    "rediss": ("sluiceway.transports.redis", "RedisTransport"),
     "sqlite": ("sluiceway.transports.sqlite", "SQLiteTransport"),
+    "tls": ("sluiceway.transports.nats", "NATSTransport"),
 }
 
 

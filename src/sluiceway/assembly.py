@@ -11,11 +11,12 @@ from ._decisions.policy import FailureRules
 from ._runtime.spec import BatcherSpec, PipelineSpec, RemoteHandler
 from ._runtime.supervisor import PipelineStats
 from ._runtime.thread_calls import ThreadCalls
+from .batch import Batch, BatchHandler
 from .codec import Decode, Format, encode, make_decoder, make_encoder
 from .consumer import Bound, ConsumerDef
 from .errors import OptionError, Unsupported
 from .gate import Gate, Watcher
-from .message import Batch, BatchHandler, PublishHeaders
+from .message import PublishHeaders
 from .middleware import BatchMiddleware, ConsumerInfo, Middleware, compose, decodes, made_for
 from .options import Batching
 from .signatures import Lifespan, is_async

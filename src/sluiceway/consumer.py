@@ -11,8 +11,9 @@ from msgspec.structs import replace
 
 from ._decisions.topics import check_topic, dead_letter_topic, is_dead_letter_topic, is_pattern, matches
 from ._runtime.spec import ErrorChoice
+from .batch import Batch, Split
 from .errors import AppError, OptionError
-from .message import DEFAULT_BATCHER, Batch, Message, Split
+from .message import DEFAULT_BATCHER, Message
 from .options import Batching, ConsumerOptions, Resolved, resolve
 from .signatures import check_call, class_payload_type, is_async, method_of, name_of, payload_type, takes, with_context
 

@@ -17,9 +17,9 @@ from msgspec import Struct
 
 from ._decisions.topics import check_topic
 from .acknowledger import Acknowledger
+from .batch import Split
 from .errors import OptionError
 from .gate import Gate
-from .message import Split
 from .middleware import BatchMiddleware, Middleware
 from .retry import Retry
 from .source import OrderBy, Start

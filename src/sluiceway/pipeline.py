@@ -14,9 +14,10 @@ from ._decisions.backoff import RestartRule
 from ._runtime.flow import uncancelled
 from ._runtime.supervisor import PipelineStats, Supervisor
 from .assembly import make_spec
+from .batch import Batch
 from .consumer import FunctionConsumer
 from .errors import AppError, OptionError
-from .message import Batch, Message, PublishHeaders
+from .message import Message, PublishHeaders
 from .options import ConsumerOptions
 from .signatures import NO_CONTEXT, check_call, is_async
 from .source import Source, SourceInfo

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from .batch import BatchInfo
 from .errors import OptionError
-from .message import BatchInfo, Outcome
+from .message import Outcome
 from .topology import Topology
 
 log = logging.getLogger("sluiceway.telemetry")

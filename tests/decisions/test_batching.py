@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from sluiceway._decisions.batching import Add, Emitted, Forming
+from sluiceway.batch import Split
 from sluiceway.errors import OptionError
-from sluiceway.message import Message, Routing, Split
+from sluiceway.message import Message, Routing
 
 KEYS = st.sampled_from([None, "a", "b", ("c", 1)])
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sluiceway import App, Batch, Message, OptionError, Pipeline, Retry
-from sluiceway.message import BatchHandler
+from sluiceway.batch import BatchHandler
 from sluiceway.middleware import ConsumerInfo
 from sluiceway.transports.memory import MemoryTransport
 from tests.runtime.recording import Broker, running

@@ -13,7 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from sluiceway import App, Batch, Consumer, Message, Pipeline, Reject, Retry
-from sluiceway.message import BatchInfo, Refused, Settlement
+from sluiceway.batch import BatchInfo
+from sluiceway.message import Refused, Settlement
 from sluiceway.telemetry import (
     BatchEmitted,
     BatchFinished,

@@ -25,7 +25,8 @@ from sluiceway import (
     RetryLater,
     consumer,
 )
-from sluiceway.message import BatchHandler, Handler
+from sluiceway.batch import BatchHandler
+from sluiceway.message import Handler
 from sluiceway.middleware.decode import Decode
 from sluiceway.middleware.idempotency import Idempotency, MemoryStore
 from sluiceway.middleware.logging import Logging

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable
 from typing import Any, Literal, NamedTuple
 
-from ..message import BatchInfo, Message, Routing, Split, Trigger
+from ..batch import BatchInfo, Split, Trigger
+from ..message import Message, Routing
 
 Add = Callable[[Message[Any], Any], "Change | None"]
 Emitted = tuple[list[Message[Any]], BatchInfo]

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Coroutine, Hashable
 from typing import Any
 
 from .._decisions.batching import Change, Emitted, Forming
+from ..batch import Batch, BatchInfo, Trigger
 from ..errors import HandlerTimeout, Release
-from ..message import Batch, BatchInfo, Message, Trigger
+from ..message import Message
 from ..telemetry import BatchEmitted, Telemetry
 from .batch_order import BatchOrder, behind_failed
 from .failures import Failures

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from .._decisions.batching import Add, Change
+from ..batch import Trigger
 from ..errors import RoutingError
-from ..message import DEFAULT_BATCHER, Message, Routing, Trigger
+from ..message import DEFAULT_BATCHER, Message, Routing
 from ..telemetry import Telemetry
 from .batch_order import BatchOrder
 from .batcher import Batcher

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ..message import BatchInfo, Handler, Message
+from ..batch import BatchInfo
+from ..message import Handler, Message
 from ..telemetry import (
     BatchFinished,
     BatchStarted,

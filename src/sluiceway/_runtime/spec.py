@@ -10,9 +10,10 @@ from msgspec import Struct
 
 from .._decisions.policy import FailureRules
 from ..acknowledger import Acknowledger
+from ..batch import BatchHandler, Split
 from ..errors import Directive
 from ..gate import Gate, Watch
-from ..message import BatchHandler, Handler, Message, PublishHeaders, Split
+from ..message import Handler, Message, PublishHeaders
 from ..topology import Topology
 from .thread_calls import ThreadCalls
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-from ..message import Batch, Message
+from ..batch import Batch
+from ..message import Message
 from .unset import nothing
 
 Call = tuple[Any, contextvars.Context, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from .._decisions.breaker import Breaker, BreakerState
+from ..batch import Batch, BatchHandler
 from ..errors import DecodeError, Reject, Release, RetryLater
-from ..message import SETTLED, Batch, BatchHandler, Handler, Message
+from ..message import SETTLED, Handler, Message
 from .contract import Changes, loop_time
 
 log = logging.getLogger("sluiceway.gate")

@@ -9,8 +9,9 @@ from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakMethod
 
+from ..batch import Batch, BatchHandler
 from ..errors import RetryLater
-from ..message import Batch, BatchHandler, Handler, Message
+from ..message import Handler, Message
 
 Call = Callable[[], None]
 

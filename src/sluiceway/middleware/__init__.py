@@ -19,8 +19,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from msgspec import Struct
 
+from ..batch import Batch, BatchHandler
 from ..errors import OptionError
-from ..message import Batch, BatchHandler, Handler, Message
+from ..message import Handler, Message
 
 S = TypeVar("S")  # what is handled: a message or a batch
 Step = Callable[[S], Awaitable[Any]]

@@ -11,8 +11,9 @@ from threading import Lock
 from time import perf_counter
 from typing import Any
 
+from ..batch import Batch, BatchHandler
 from ..errors import OptionError
-from ..message import Batch, BatchHandler, Handler, Message
+from ..message import Handler, Message
 from . import ConsumerInfo
 from ._ends import end_of
 

@@ -9,10 +9,11 @@ from msgspec import Struct
 
 from .._decisions.topics import is_pattern, matches
 from ..app import App
+from ..batch import Batch
 from ..codec import encode
 from ..consumer import ConsumerDef
 from ..errors import AppError, OptionError
-from ..message import Batch, Outgoing, make_outgoing
+from ..message import Outgoing, make_outgoing
 from ..signatures import NO_CONTEXT
 from ..transports.memory import MemoryTransport
 from .harness import harnessed

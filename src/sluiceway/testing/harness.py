@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from ..app import App
+from ..batch import Batch
 from ..codec import encode, make_decoder
 from ..errors import AppError
 from ..manager import ConsumerManager
-from ..message import Batch, Outgoing, make_outgoing
+from ..message import Outgoing, make_outgoing
 from ..signatures import NO_CONTEXT
 from ..transport import Transport
 from ..transports.memory import MemoryTransport

@@ -11,8 +11,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from ..app import App
+from ..batch import Batch
 from ..consumer import Bound, ConsumerDef
-from ..message import Batch, Message
+from ..message import Message
 from ..signatures import NO_CONTEXT, is_async
 from ..transport import Transport
 from .record import Recorder

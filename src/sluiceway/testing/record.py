@@ -9,7 +9,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from ..message import Batch, Message, Outcome, Outgoing, Reason, Refused, Settlement
+from ..batch import Batch
+from ..message import Message, Outcome, Outgoing, Reason, Refused, Settlement
 from ..source import Source, Subscription
 from ..transport import Transport
 from .clock import VirtualClockLoop

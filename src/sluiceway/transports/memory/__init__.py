@@ -42,6 +42,7 @@ class MemoryTransport:
         self.lease = lease
         self.features = Features(
             durable=False,
+            retains=True,
             order="group",
             delay="native",
             atomic=True,

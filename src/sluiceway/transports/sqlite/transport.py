@@ -61,6 +61,7 @@ class SQLiteTransport:
         self.lease = lease
         self.features = Features(
             durable=True,
+            retains=True,
             order="group",
             delay="native",
             atomic=True,
