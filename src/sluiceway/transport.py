@@ -17,7 +17,7 @@ class Features(Struct, frozen=True, kw_only=True):
     - `durable`: a publish that returned survives the death of every process.
     - `retains`: messages are kept whether a group wants them or not: one that was published before there is any group
       waits for it, and a group may `start` before it was made. Without it a publish that no group wants raises
-      PublishError, a group begins when it is made (another `start` is refused), and only dead letters are kept for nobody.
+      PublishError, a group begins when it is made (another `start` is refused), and only dead letters wait unwanted.
     - `order`: how far `order_by` holds: not at all, within one process, or over the whole group.
     - `delay`: how a delayed message waits: natively, on a ladder of delay queues, on retry topics, or not at all.
     - `atomic`: outputs and settle are one transaction.

@@ -1,4 +1,4 @@
-"""What all servers that tests start have in common: a free loopback port, a start that waits until it is ready, an end."""
+"""What all servers that tests start have in common: a free loopback port, a start that waits, an end."""
 
 from __future__ import annotations
 
