@@ -10,7 +10,7 @@ READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench docs wheel pins clean
+.PHONY: help setup demo test test-fast check format bench chaos docs wheel pins clean
 
 help: ## this list
 	@echo 'Sluiceway. make WORD, where WORD is one of'
@@ -28,6 +28,7 @@ demo: $(READY) ## a year of flights through two worker processes, one of which i
 test: $(READY) ## every test
 	@scripts/servers
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m scripts.guarantees
 
 test-fast: $(READY) ## the tests that neither kill processes nor take long
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not crash and not slow" $(ARGS)
@@ -46,8 +47,13 @@ format: $(READY) ## let ruff tidy up
 bench: $(READY) ## measure against the floors; rows in bench/results/latest.json
 	$(BIN)/python -m bench $(ARGS)
 
+chaos: $(READY) ## every broker through every fault; rows in chaos/results/latest.json
+	@scripts/servers
+	$(BIN)/python -m chaos $(ARGS)
+
 docs: $(READY) ## run every code block of README and docs; write what is made from the code anew
 	$(BIN)/python -m scripts.events
+	$(BIN)/python -m scripts.guarantees
 	$(BIN)/python -m pytest -m docs $(ARGS)
 
 wheel: $(READY) ## build the wheel into dist/
@@ -57,7 +63,7 @@ pins: ## resolve requirements-dev.txt anew
 	scripts/pins $(PYTHON)
 
 clean: ## remove what make made, .venv too
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis bench/results
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis bench/results chaos/results
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml requirements-dev.txt scripts/setup

@@ -1,4 +1,4 @@
-"""The pytest plugin: `@pytest.mark.virtual_time`.
+"""The pytest plugin: `@pytest.mark.virtual_time`, and what the acceptance suite of transports needs.
 
 A module of its own, since pytest imports it at every start in every project that has Sluiceway installed: inside the
 package it would load the package. It does nothing until a test has the mark.
@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import pytest
+
+pytest.register_assert_rewrite("sluiceway.testing.acceptance")  # by name: nothing of it is imported here
 
 MARK = "virtual_time"
 ANYIO = """\
@@ -37,6 +39,7 @@ class _Factories:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{MARK}: runs an async test in virtual time, where waiting takes no time")
+    config.addinivalue_line("markers", "guarantee(*names): what a test of sluiceway.testing.acceptance shows")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -268,7 +268,10 @@ class App:
         """Run the app's consumers (all, or those named) inside a test, a script or a web app.
 
         Every pipeline's source is open when the body starts, so that what is published from then on is received. All
-        pipelines drain when it ends. Raises what a pipeline or a handler that exits raised.
+        pipelines drain when it ends.
+
+        Raises what a pipeline that is given up or a handler that exits raised, when the body has ended. When that
+        happens before, the body is cancelled, as by asyncio.timeout: once, and what it raises itself comes first.
         """
         self._users += 1
         try:
@@ -286,8 +289,8 @@ class App:
         """
         asked = stop or asyncio.Event()
         with self._signals(asked):
-            async with self.running(*names) as manager:
-                await manager.until(asked)
+            async with self.running(*names):
+                await asked.wait()
 
     @asynccontextmanager
     async def _lifespan(self) -> AsyncIterator[Any]:

@@ -75,7 +75,7 @@ def make_spec(
     floor, ceiling = window_bounds(definition, batchings)
     if features is not None:
         check_features(definition, features)
-    info = _info(definition, bound, group, stats)
+    info = _info(definition, group, stats)
     gates = tuple({id(gate): gate for gate in (*gates, *value("gates"))}.values())  # each once
     watches = tuple(gate.watch(batched=bool(batchings)) for gate in gates if isinstance(gate, Watcher))
     middleware = (*(one.message for one in watches), *middleware, *value("middleware"))
@@ -133,6 +133,38 @@ def make_spec(
     )
 
 
+def check_start(
+    definition: ConsumerDef,
+    *,
+    group: str,
+    features: Features,
+    lifespan: Lifespan | None = None,
+    middleware: Sequence[Middleware] = (),
+    batch_middleware: Sequence[BatchMiddleware] = (),
+) -> None:
+    """Raise what `make_spec` would, without the context that the handlers are bound to: nothing has to run for it.
+
+    Each middleware is made for the consumer, as at a start.
+    """
+    if lifespan is None:
+        definition.check_without_context()
+    batchings = definition.batchings()
+    if not batchings:
+        _refuse_options_of_batches(definition)
+    window_bounds(definition, batchings)
+    check_features(definition, features)
+    middleware = (*middleware, *definition.value("middleware"))
+    batch_middleware = (*batch_middleware, *definition.value("batch_middleware"))
+    if definition.value("executor") == "process":
+        _check_crosses(definition, decodes(middleware))
+    if not decodes(middleware):
+        _decoder(definition.name, definition.payload_type)
+    info = _info(definition, group, lambda: None)
+    made_for(info, middleware)
+    for name in batchings:
+        made_for(replace(info, batcher=name), batch_middleware)
+
+
 def _refuse_options_of_batches(definition: ConsumerDef) -> None:
     for option in ("batch_size", "batch_timeout", "batch_middleware"):
         if option in definition.given:
@@ -173,26 +205,31 @@ def _remote(
     """What worker processes are given with `executor="process"`. Raises OptionError."""
     if definition.value("executor") != "process":
         return None
-    stays = "prepare" if bound.prepare is not None else "a middleware that decodes" if decoded_by_middleware else None
-    if stays is not None:
-        raise OptionError(
-            f"{definition.name}: executor='process' and {stays} exclude each other: what that leaves in a message does "
-            "not reach the worker processes; do it in the handler"
-        )
+    _check_crosses(definition, decoded_by_middleware)
     from .remote import remote_handler  # here: few consumers need what it imports
 
     max_payload = None if features is None else features.max_payload
     return remote_handler(definition, lifespan=lifespan, max_payload=max_payload, is_async=bound.is_async)
 
 
-def _info(definition: ConsumerDef, bound: Bound, group: str, stats: Callable[[], PipelineStats | None]) -> ConsumerInfo:
+def _check_crosses(definition: ConsumerDef, decoded_by_middleware: bool) -> None:
+    """Raise OptionError for what is done to a message here and does not reach worker processes."""
+    stays = "prepare" if definition.has_prepare else "a middleware that decodes" if decoded_by_middleware else None
+    if stays is not None:
+        raise OptionError(
+            f"{definition.name}: executor='process' and {stays} exclude each other: what that leaves in a message does "
+            "not reach the worker processes; do it in the handler"
+        )
+
+
+def _info(definition: ConsumerDef, group: str, stats: Callable[[], PipelineStats | None]) -> ConsumerInfo:
     return ConsumerInfo(
         name=definition.name,
         group=group,
-        batchers=tuple(bound.batchers),
-        is_async=bound.is_async,
-        payload_type=bound.payload_type,
-        decoder=lambda format: _decoder(definition.name, bound.payload_type, format) or bytes,
+        batchers=tuple(definition.batchers),
+        is_async=definition.is_async,
+        payload_type=definition.payload_type,
+        decoder=lambda format: _decoder(definition.name, definition.payload_type, format) or bytes,
         stats=stats,
     )
 

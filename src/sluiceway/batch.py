@@ -41,6 +41,7 @@ class Split(Struct, Generic[T], frozen=True):
             size += len(message.body)
             return (0, True) if size >= limit else (size, False)
 
+        step.__name__ = f"{limit:,} bytes"  # what `sluiceway inspect` shows of it
         return Split(0, step)
 
 
@@ -93,7 +94,12 @@ class Batch(Sequence[Message[Any]], Generic[R]):
         return self.info.key
 
     def fail(self, message: Message[Any], error: BaseException | type[BaseException] | str) -> None:
-        """Fail one message of this batch. Raises ForeignMessage when it is not of this batch."""
+        """Fail one message of this batch. Raises ForeignMessage when it is not of this batch, TypeError when it is no
+        message."""
+        if not isinstance(message, Message):
+            raise TypeError(
+                f"batch.fail takes a message of the batch, got {message!r}; write batch.fail(batch[i], error)"
+            )
         if not any(message is own for own in self._messages):
             raise ForeignMessage(f"message {message.id} of {message.topic!r} is not of this batch of {len(self)}")
         message.fail(error)
@@ -103,8 +109,10 @@ class Batch(Sequence[Message[Any]], Generic[R]):
 
         Returns when the broker has taken them; what the batch handler does later no longer counts for them. Raises
         ForeignMessage and AlreadySettled, before anything is settled, when one is not of this batch or was settled; and
-        LeaseLost, when all have ended, if another consumer has one of them.
+        LeaseLost, when all have ended, if another consumer has one of them. TypeError for what is no sequence.
         """
+        if isinstance(messages, Message):
+            raise TypeError("batch.ack takes a sequence of messages, or nothing for all; write batch.ack([message])")
         if messages is None:
             messages = [one for one in self._messages if one.state < SETTLED and one.error is None]
         own = set(self._messages)

@@ -15,7 +15,17 @@ from .batch import Batch, Split
 from .errors import AppError, OptionError
 from .message import DEFAULT_BATCHER, Message
 from .options import Batching, ConsumerOptions, Resolved, resolve
-from .signatures import check_call, class_payload_type, is_async, method_of, name_of, payload_type, takes, with_context
+from .signatures import (
+    NO_CONTEXT,
+    check_call,
+    class_payload_type,
+    is_async,
+    method_of,
+    name_of,
+    payload_type,
+    takes,
+    with_context,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -100,6 +110,9 @@ class ConsumerDef:
         self.overrides: dict[str, str] = {}
         self.batchers: dict[str, BatcherDef] = {}
         self.options: dict[str, Resolved] = resolve(self.name, given)
+        self.payload_type: Any = Any
+        self.is_async = True
+        self.has_prepare = False
 
     def _check_circle(self, topics: tuple[str, ...], dead: object) -> None:
         if isinstance(dead, str) and any(matches(topic, dead) for topic in topics):
@@ -136,6 +149,10 @@ class ConsumerDef:
         """The functions that run, with the context that the app's lifespan yields."""
         raise NotImplementedError
 
+    def check_without_context(self) -> None:
+        """Raise OptionError when something here takes a context: for an app that has no lifespan."""
+        raise NotImplementedError
+
 
 class Bound(Struct, frozen=True):
     """A consumer's functions for one run."""
@@ -157,6 +174,7 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
         check_call(self.name, function, "a handler takes (message) or (message, context)", 1, 2)
         self.function = function
         self.payload_type = given.get("payload") or payload_type(self.name, function)
+        self.is_async = is_async(function)
         self._on_error: Callable[..., Any] | None = None
         self._on_failed: Callable[..., Any] | None = None
         self._prepare: Callable[..., Any] | None = None
@@ -212,6 +230,7 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
         """Declare `prepare(messages)` or `prepare(messages, context)`; see Consumer.prepare."""
         check_call(self.name, function, "prepare takes (messages) or (messages, context)", 1, 2)
         self._prepare = function
+        self.has_prepare = True
         return function
 
     def handle_error(self, function: HookF) -> HookF:
@@ -231,13 +250,18 @@ class FunctionConsumer(ConsumerDef, Generic[T, R]):
         batchers = {name: (with_context(one.handle, context), sizes[name]) for name, one in self.batchers.items()}
         return Bound(
             handle=with_context(self.function, context),
-            is_async=is_async(self.function),
+            is_async=self.is_async,
             payload_type=self.payload_type,
             batchers=batchers,
             on_error=self._on_error,
             on_failed=self._on_failed,
             prepare=None if self._prepare is None else with_context(self._prepare, context),
         )
+
+    def check_without_context(self) -> None:
+        for one in (self.function, *(one.handle for one in self.batchers.values()), self._prepare):
+            if one is not None:
+                takes(one, 1, NO_CONTEXT)
 
 
 class ClassConsumer(ConsumerDef):
@@ -257,6 +281,8 @@ class ClassConsumer(ConsumerDef):
             rule = f"{method} takes (self, {', '.join(arguments)})"
             check_call(self.name, method_of(kind, method), rule, len(arguments))
         self.payload_type = given.get("payload") or class_payload_type(self.name, kind, Consumer, self.has_handle)
+        self.is_async = is_async(kind.handle) if self.has_handle else True
+        self.has_prepare = kind.prepare is not Consumer.prepare
         if self.has_batch:
             named = self.value("batchers") or {}
             batchers = named if DEFAULT_BATCHER in named else {DEFAULT_BATCHER: self.default_batching(), **named}
@@ -268,13 +294,16 @@ class ClassConsumer(ConsumerDef):
         sizes = self.batchings()
         return Bound(
             handle=consumer.handle if self.has_handle else _payload,
-            is_async=is_async(consumer.handle) if self.has_handle else True,
+            is_async=self.is_async,
             payload_type=self.payload_type,
             batchers={name: (consumer.handle_batch, sizes[name]) for name in self.batchers},
             on_error=consumer.handle_error if self.kind.handle_error is not Consumer.handle_error else None,
             on_failed=consumer.handle_failed if self.kind.handle_failed is not Consumer.handle_failed else None,
-            prepare=consumer.prepare if self.kind.prepare is not Consumer.prepare else None,
+            prepare=consumer.prepare if self.has_prepare else None,
         )
+
+    def check_without_context(self) -> None:
+        takes(self.kind, 0, NO_CONTEXT)
 
 
 async def _payload(message: Message[Any]) -> Any:

@@ -28,7 +28,7 @@ MessageFailed              what `message.fail("text")` stands for
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -38,6 +38,16 @@ class SluicewayError(Exception):
 
 class OptionError(SluicewayError, ValueError):
     """An option has a name, a type or a value that is not allowed. Raised at definition or at start."""
+
+
+def unknown(where: str, name: str, known: Iterable[str], kind: str = "option") -> OptionError:
+    """The error for a name that is not known, with the nearest right one."""
+    import difflib
+
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return OptionError(f"{where}: there is no {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}")
 
 
 class AppError(SluicewayError):

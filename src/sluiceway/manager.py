@@ -10,16 +10,16 @@ from contextlib import asynccontextmanager
 from typing import Any, Literal, Protocol
 
 from ._decisions.backoff import RestartRule
+from ._runtime.body import Body
 from ._runtime.drain import Drained
 from ._runtime.flow import uncancelled
 from ._runtime.supervisor import PipelineStats, Supervisor
 from .assembly import make_spec, make_subscription, topology_of
 from .consumer import ConsumerDef
-from .errors import AppError, PipelineFailed
+from .errors import AppError, PipelineFailed, unknown
 from .gate import Pause
 from .message import PublishHeaders
 from .middleware import BatchMiddleware, Middleware
-from .options import unknown
 from .signatures import Lifespan
 from .source import Backlog, Source, SourceInfo
 from .telemetry import Telemetry
@@ -65,7 +65,7 @@ class ConsumerManager:
         self._pauses: defaultdict[str, Pause] = defaultdict(Pause)
         self._drained: dict[str, Drained] = {}
         self._failure: BaseException | None = None
-        self._failed = asyncio.Event()
+        self._body = Body()
         self._active = False
         self._stopping = False
         self._hurry = False
@@ -198,17 +198,6 @@ class ConsumerManager:
             quiet = 0.0 if busy else quiet + seconds / 4
             await asyncio.sleep(seconds / 4)
 
-    async def until(self, asked: asyncio.Event) -> None:
-        """Return when `asked` is set; raise when a pipeline is given up or a handler exits the app."""
-        waiting = [asyncio.create_task(asked.wait()), asyncio.create_task(self._failed.wait())]
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in waiting:
-                task.cancel()
-        if self._failure is not None and not asked.is_set():
-            raise self._failure
-
     def hurry(self) -> None:
         """Cut drains short: what still runs is cancelled."""
         self._hurry = True
@@ -219,20 +208,23 @@ class ConsumerManager:
 
     @asynccontextmanager
     async def supervise(self, context: Any, names: Sequence[str]) -> AsyncIterator[None]:
-        """Run pipelines while the body runs; drain them all at its end."""
+        """Run pipelines while the body runs; drain them all at its end. When one is given up, or a handler exits the
+        app, the body is cancelled, and that is raised."""
         if self._active:
             raise AppError("this app is running already")
         for name in names:
             self._check_known(name)
         self._active, self._context, self._hurry, self._stopping = True, context, False, False
         self._locks.clear()
-        self._failure, self._failed = None, asyncio.Event()
+        self._failure, self._body = None, Body()
         self._ended.clear()
         self._drained.clear()
         try:
             for name in names or list(self._app.consumers):
                 await self.start(name)
-            yield
+            if self._failure is None:  # else one failed while others started
+                with self._body:
+                    yield
         finally:
             try:
                 await self._stop_all()
@@ -275,7 +267,7 @@ class ConsumerManager:
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
-        self._failed.set()
+        self._body.cut_off()
         for running in self._running.values():
             running.supervisor.stop()
 

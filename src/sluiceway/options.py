@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, TypedDict
 
@@ -18,14 +18,14 @@ from msgspec import Struct
 from ._decisions.topics import check_topic
 from .acknowledger import Acknowledger
 from .batch import Split
-from .errors import OptionError
+from .errors import OptionError, unknown
 from .gate import Gate
 from .middleware import BatchMiddleware, Middleware
-from .retry import Retry
+from .retry import ByName, Retry
 from .source import OrderBy, Start
 
 
-class Batching(Struct, frozen=True, kw_only=True):
+class Batching(Struct, metaclass=ByName, frozen=True, kw_only=True):
     """One batcher: a batch goes after `size` messages or `timeout` seconds.
 
     `key(value)` splits it by what the handler returned; `split` makes a batch full before it has its size, by what is
@@ -138,10 +138,10 @@ def _instance(kind: type, what: str) -> Callable[[Any], str | None]:
     return lambda value: None if isinstance(value, kind) else what
 
 
-def _middlewares(of: str) -> Callable[[Any], str | None]:
+def _middlewares(of: str, example: str) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
         good = isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_middleware, value))
-        return None if good else f"a sequence of functions ({of}, call_next)"
+        return None if good else f"a sequence of functions ({of}, call_next), like [{example}()]"
 
     return check
 
@@ -161,12 +161,16 @@ def _is_middleware(value: Any) -> bool:
 
 def _acknowledgers(value: Any) -> str | None:
     good = isinstance(value, Sequence) and all(isinstance(one, Acknowledger) for one in value)
-    return None if good and not isinstance(value, str) else "a sequence of objects of Acknowledger classes"
+    return (
+        None
+        if good and not isinstance(value, str)
+        else "a sequence of objects of classes that inherit from Acknowledger, like [Audit()]"
+    )
 
 
 def _gates(value: Any) -> str | None:
     good = isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_gate, value))
-    return None if good else "a sequence of gates"
+    return None if good else "a sequence of gates, like [RateLimit(100, 60)]"
 
 
 def _is_gate(value: Any) -> bool:
@@ -245,8 +249,10 @@ OPTIONS: dict[str, Option] = {
     "timeout": Option(
         None, "Seconds that a handler or batch handler may run; None: for ever.", _optional(_seconds), float
     ),
-    "middleware": Option((), "Functions round the handler, the first outermost.", _middlewares("message")),
-    "batch_middleware": Option((), "Functions round every batch handler, the first outermost.", _middlewares("batch")),
+    "middleware": Option((), "Functions round the handler, the first outermost.", _middlewares("message", "Logging")),
+    "batch_middleware": Option(
+        (), "Functions round every batch handler, the first outermost.", _middlewares("batch", "Metrics")
+    ),
     "acknowledgers": Option((), "What is told of every settle, before and after the broker has it.", _acknowledgers),
     "gates": Option((), "What limits demand from outside: a `RateLimit`, a `CircuitBreaker`, a `Pause`.", _gates),
     "order_by": Option(
@@ -308,20 +314,43 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def unknown(consumer: str, name: str, known: Iterable[str], kind: str = "option") -> OptionError:
-    """The error for a name that is not known, with the nearest right one."""
-    import difflib
+# What is no option, but looked for as one: what to write instead.
+INSTEAD = {
+    "acknowledger": "write acknowledgers=[...], a list",
+    "ack_deadline": "leases are renewed while a handler runs; timeout=SECONDS limits it",
+    "attempts": "write retry=Retry(attempts=N)",
+    "batch": "declare it with @{consumer}.batch(size=N), or with handle_batch in a class",
+    "batch_concurrency": "write @{consumer}.batch(concurrency=N), or batchers={{'default': Batching(concurrency=N)}}",
+    "batch_key": "write @{consumer}.batch(key=...), or batchers={{'default': Batching(key=...)}}",
+    "circuit_breaker": "write gates=[CircuitBreaker(...)]",
+    "dead_letter": "write dead_letter_topic='TOPIC', or exhausted='drop' or 'retry'",
+    "gate": "write gates=[...], a list",
+    "handle_batch": "declare it with @{consumer}.batch(size=N), or with a method handle_batch in a class",
+    "handle_error": "declare it with @{consumer}.handle_error, or as a method of the class",
+    "handle_failed": "declare it with @{consumer}.handle_failed, or as a method of the class",
+    "key": "write order_by='key' for order; @{consumer}.batch(key=...) splits batches",
+    "lifespan": "write App(lifespan=...)",
+    "max_retries": "write retry=Retry(attempts=N), the first attempt included",
+    "prefetch": "the window follows the measured rate; max_demand=N pins it",
+    "prepare": "declare it with @{consumer}.prepare, or as a method of the class",
+    "rate_limit": "write gates=[RateLimit(messages, seconds)]",
+    "retry_delay": "write retry=Retry(base_delay=SECONDS)",
+    "topic": "name topics first: consumer('TOPIC', ...)",
+    "topics": "name topics first: consumer('TOPIC', ...)",
+    "workers": "write concurrency=N, or `sluiceway run --workers N` for processes",
+}
 
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return OptionError(f"{consumer}: there is no {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}")
+
+def _no_option(consumer: str, name: str) -> OptionError:
+    if name in INSTEAD:
+        return OptionError(f"{consumer}: there is no option {name!r}; {INSTEAD[name].format(consumer=consumer)}")
+    return unknown(consumer, name, OPTIONS)
 
 
 def _checked(consumer: str, name: str, value: Any) -> Any:
     option = OPTIONS.get(name)
     if option is None:
-        raise unknown(consumer, name, OPTIONS)
+        raise _no_option(consumer, name)
     allowed = option.check(value)
     if allowed:
         raise OptionError(f"{consumer}: {name} must be {allowed}; got {value!r}")
@@ -331,7 +360,7 @@ def _checked(consumer: str, name: str, value: Any) -> Any:
 def _parsed(consumer: str, name: str, text: str) -> Any:
     option = OPTIONS.get(name)
     if option is None:
-        raise unknown(consumer, name, OPTIONS)
+        raise _no_option(consumer, name)
     if name == "retry":
         try:
             return msgspec.json.decode(text, type=Retry)

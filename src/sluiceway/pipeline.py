@@ -11,6 +11,7 @@ from typing import Any, Self, Unpack
 from msgspec.structs import replace
 
 from ._decisions.backoff import RestartRule
+from ._runtime.body import Body
 from ._runtime.flow import uncancelled
 from ._runtime.supervisor import PipelineStats, Supervisor
 from .assembly import make_spec
@@ -96,12 +97,17 @@ class Pipeline:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
-        """Run while the body runs: the source is open when it begins, and all is drained after it. Raises what `run`
-        does."""
+        """Run while the body runs: the source is open when it begins, and all is drained after it.
+
+        Raises what `run` does, when the body has ended. When the pipeline fails before, the body is cancelled, as by
+        asyncio.timeout: once, and what it raises itself comes first. `stop()` does not cancel it.
+        """
         async with self._supervised() as task:
             if self._supervisor is not None:
                 await self._supervisor.opened(task)
-            yield self
+            with Body() as body:
+                task.add_done_callback(lambda ended: body.cut_off() if self._error_of(ended) is not None else None)
+                yield self
 
     @asynccontextmanager
     async def _supervised(self) -> AsyncIterator[asyncio.Task[None]]:

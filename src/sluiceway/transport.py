@@ -56,6 +56,9 @@ class Finding(Struct, frozen=True):
 class Transport(Protocol):
     """One broker's adapter: connects, publishes, subscribes.
 
+    It may have one method more, which is looked up: `async dead_letter_topics() -> Sequence[str]`, the dead-letter
+    topics (last word `dead`) that there are. Without it those of a pattern's consumer have to be named one by one.
+
     A topic is words joined by dots. In a subscription `*` stands for one word and `#` for any number of words; a
     pattern never matches a dead-letter topic (last word `dead`), which must be named in full. Within a group a message
     reaches one subscription: the exact topic before a pattern.

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sluiceway import App, Retry
@@ -15,6 +16,7 @@ from sluiceway.cli.dead import Letter
 from sluiceway.cli.show import table_of
 from sluiceway.message import Message, Outgoing, Stored
 from sluiceway.source import Subscription
+from sluiceway.transports.sqlite import SQLiteTransport
 from tests.cli.kit import Shell
 
 Command = Callable[..., tuple[int, str, str]]
@@ -229,11 +231,48 @@ def test_what_fails_again_while_it_is_replayed_is_not_replayed_again(shell: Shel
     assert len(stored(DEAD)) == 300
 
 
-def test_a_pattern_consumer_is_answered_with_what_to_name(sluiceway: Command) -> None:
+def of_topic(topic: str, number: int) -> Outgoing:
+    """A dead letter that a consumer of `orders.*` would have of a topic."""
+    return msgspec.structs.replace(letter(number), topic=f"{topic}.shop.dead")
+
+
+@pytest.mark.parametrize("name", ["orders", "orders.*"])
+def test_the_dead_letters_of_a_patterns_consumer_are_found(sluiceway: Command, name: str) -> None:
+    publish(of_topic("orders.eu", 1), of_topic("orders.us", 2), of_topic("refunds.eu", 3), letter(4))
+    code, out, errors = sluiceway("dlq", "list", name, "--json")
+    assert (code, errors) == (0, "")
+    found = {(one["dead_letter_topic"], one["id"]) for one in map(json.loads, out.splitlines())}
+    assert found == {("orders.eu.shop.dead", "id-1"), ("orders.us.shop.dead", "id-2")}
+    _, out, _ = sluiceway("dlq", "list", "--json")
+    assert {json.loads(line)["id"] for line in out.splitlines()} == {"id-1", "id-2", "id-4"}
+    assert "id-2" in sluiceway("dlq", "show", name, "--id", "id-2")[1]
+
+
+def test_a_purge_of_a_pattern_spares_what_another_consumer_reads_more_exactly(sluiceway: Command, here: Path) -> None:
+    with (here / "shop.py").open("a") as file:
+        file.write("@app.consumer('orders.eu')\nasync def eu(message): ...\n")
+    publish(of_topic("orders.eu", 1), of_topic("orders.us", 2))
+    assert sluiceway("dlq", "purge", "orders", "--yes")[1] == "1 dead letter deleted\n"
+    assert [one.id for one in stored("orders.eu.shop.dead")] == ["id-1"]
+    assert stored("orders.us.shop.dead") == []
+
+
+def test_a_pattern_without_dead_letters_says_so(sluiceway: Command) -> None:
     publish(letter(1))
+    assert sluiceway("dlq", "list", "orders") == (0, "orders.*.shop.dead: no dead letters\n", "")
+    assert sluiceway("dlq", "replay", "orders", "--yes")[1] == "nothing to replay in orders.*.shop.dead\n"
+
+
+def test_where_the_broker_cannot_say_which_there_are_one_is_named(
+    sluiceway: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(letter(1))
+    monkeypatch.delattr(SQLiteTransport, "dead_letter_topics")
+    text = "sqlite:///shop.db cannot say which topics match orders.*.shop.dead: name one, like orders.eu.shop.dead"
     code, _, errors = sluiceway("dlq", "list", "orders")
-    assert code == 2
-    assert "orders reads the pattern orders.*: name one dead-letter topic, like orders.eu.shop.dead" in errors
+    assert (code, errors) == (2, f"Error: {text}\n")
+    code, out, errors = sluiceway("dlq", "list", "--json")
+    assert (code, errors, json.loads(out)["id"]) == (0, f"{text}\n", "id-1")
 
 
 def test_a_database_that_is_not_there_is_not_made(sluiceway: Command, here: Path) -> None:

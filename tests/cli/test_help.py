@@ -14,7 +14,7 @@ from tests.cli.kit import environment
 Command = Callable[..., tuple[int, str, str]]
 
 EVERY = (
-    [], ["run"], ["publish"], ["inspect"], ["dlq"],
+    [], ["run"], ["publish"], ["inspect"], ["backlog"], ["dlq"],
     ["dlq", "list"], ["dlq", "show"], ["dlq", "replay"], ["dlq", "purge"],
 )  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_the_topology_is_shown(sluiceway: Command) -> None:
     assert views["payments"]["dead_letters"] == ["payments.created.shop.dead"]
     assert views["payments"]["runs_on"] == "tasks"
     assert views["payments"]["batchers"] == [
-        {"name": "default", "size": 50, "seconds": 0.5, "keyed": True, "concurrency": 1}
+        {"name": "default", "size": 50, "seconds": 0.5, "keyed": True, "concurrency": 1, "split": None}
     ]
     assert views["orders"]["runs_on"] == "threads"
     assert views["orders"]["dead_letters"] == ["{topic}.shop.dead"]
@@ -105,3 +105,127 @@ def test_a_wrong_setting_is_refused_with_what_is_right(sluiceway: Command, setti
     code, out, errors = sluiceway("inspect", "shop:app", "--set", setting)
     assert (code, out) == (2, "")
     assert text in errors
+
+
+FULL = """
+from sluiceway import App, Batch, CircuitBreaker, Message, Pause, RateLimit, Split
+from sluiceway.middleware.logging import Logging
+
+
+async def traced(message, call_next):
+    return await call_next(message)
+
+
+async def committed(batch, call_next):
+    return await call_next(batch)
+
+
+class Night:
+    def allow(self, now, wanted): return wanted
+    def took(self, now, count): ...
+    def opens_at(self, now): return None
+    def on_change(self, call): ...
+
+
+app = App("memory://", middleware=[Logging()], batch_middleware=[committed])
+database = CircuitBreaker("database", failures=3, reset_after=5)
+
+
+@app.consumer("a", middleware=[traced], gates=[RateLimit(100, 60), RateLimit(5, 1, burst=1), database, Night()])
+def a(message: Message[int]) -> int: ...
+
+
+@a.batch(split=Split.bytes(1_000_000))
+async def book(batch: Batch[int]) -> None: ...
+
+
+@app.consumer("b")
+def b(message: Message[int]) -> None: ...
+"""
+
+
+def test_middleware_splits_and_gates_are_shown_with_their_figures(sluiceway: Command, here: Path) -> None:
+    (here / "full.py").write_text(FULL)
+    code, out, errors = sluiceway("inspect", "full:app", "--json")
+    assert (code, errors) == (0, "")
+    a, b = json.loads(out)["consumers"]
+    assert a["middleware"] == ["Logging", "traced"]
+    assert a["batch_middleware"] == ["committed"]
+    assert a["gates"] == [
+        "RateLimit of 100 in 60 s",
+        "RateLimit of 5 in 1 s, 1 at once",
+        "CircuitBreaker 'database', closed: 3 failures in 10 s open it, for 5 to 300 s",
+        "Night",
+    ]
+    assert a["batchers"][0]["split"] == "1,000,000 bytes"
+    assert (b["middleware"], b["gates"], b["runs_on"]) == (["Logging"], [], "tasks")
+    _, out, _ = sluiceway("inspect", "full:app")
+    for line in (
+        "→ batches default: 100 messages or 1 s, split by 1,000,000 bytes",
+        "→ middleware Logging, traced",
+        "→ batch middleware committed",
+        "→ gate RateLimit of 100 in 60 s",
+    ):
+        assert f"    {line}\n" in out
+
+
+REFUSED = {
+    "process and prepare": """
+@app.consumer("t", executor="process")
+async def pay(message: Message[int]) -> None: ...
+
+@pay.prepare
+async def load(messages) -> None: ...
+""",
+    "process and a middleware that decodes": """
+from sluiceway.middleware.decode import Decode
+
+@app.consumer("t", executor="process", middleware=[Decode()])
+async def pay(message: Message[int]) -> None: ...
+""",
+    "idempotency and batches": """
+from sluiceway.middleware.idempotency import Idempotency, MemoryStore
+
+@app.consumer("t", middleware=[Idempotency(MemoryStore())])
+async def pay(message: Message[int]) -> None: ...
+
+@pay.batch()
+async def book(batch) -> None: ...
+""",
+    "middleware of messages round batches": """
+from sluiceway.middleware.logging import Logging
+
+@app.consumer("t", batch_middleware=[Logging()])
+class pay(Consumer[int]):
+    async def handle_batch(self, batch) -> None: ...
+""",
+    "options of batches and no batch handler": """
+@app.consumer("t", batch_size=5)
+async def pay(message: Message[int]) -> None: ...
+""",
+    "a context and no lifespan": """
+@app.consumer("t")
+async def pay(message: Message[int], database) -> None: ...
+""",
+    "a class with a context and no lifespan": """
+@app.consumer("t")
+class pay(Consumer[int]):
+    def __init__(self, database) -> None: ...
+    async def handle(self, message) -> None: ...
+""",
+    "a payload that cannot be decoded": """
+@app.consumer("t", payload=object())
+async def pay(message) -> None: ...
+""",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_start_refuses_is_refused_with_the_same_words(sluiceway: Command, here: Path, name: str) -> None:
+    (here / "wrong.py").write_text(
+        "from sluiceway import App, Consumer, Message\napp = App('memory://')\n" + REFUSED[name]
+    )
+    started, events, _ = sluiceway("run", "wrong:app", "--until-empty", "--json")
+    code, out, said = sluiceway("inspect", "wrong:app")
+    assert (started, code, out) == (2, 2, "")
+    assert said == f"Error: {json.loads(events)['reason']}\n"

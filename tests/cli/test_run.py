@@ -38,6 +38,49 @@ def test_until_empty_handles_all_and_waits_for_retries(shell: Shell) -> None:
     assert [stopped[name] for name in counts] == [2, 3, 1, 2]
 
 
+def test_the_last_status_says_that_nothing_waits_when_that_was_waited_for(shell: Shell) -> None:
+    shell.shop()
+    shell("publish", "payments.created", "--delay", "3", "--", "1", "2", "3")
+    running = shell.start("run", "--until-empty", "--json")
+    running.until("status", lambda event: event["consumers"][0]["waiting"] == 3)
+    running.until("stopped")
+    last = [event for event in running.events if event["event"] == "status"][-1]
+    assert last["consumers"][0]["waiting"] == 0
+
+
+def test_the_last_status_before_a_signals_end_does_not_say_what_it_does_not_know(shell: Shell) -> None:
+    shell.shop(sleep=60, shutdown=0.1)
+    shell("publish", "payments.created", *map(str, range(20)))
+    running = shell.start("run", "--json", "--set", "payments.max_demand=10")
+    running.until("status", lambda event: event["consumers"][0]["waiting"] == 10)
+    running.signal(signal.SIGTERM)
+    running.until("stopped")
+    last = [event for event in running.events if event["event"] == "status"][-1]
+    assert last["consumers"][0]["waiting"] is None
+
+
+SENT = """
+from sluiceway import App, Message
+
+app = App("sqlite:///shop.db")
+
+
+@app.consumer("t")
+async def sort(message: Message[int]) -> None:
+    if message.payload:
+        message.configure(on_success="dead_letter")
+"""
+
+
+def test_what_a_handler_sends_to_dead_letters_is_counted_though_nothing_failed(shell: Shell) -> None:
+    shell.write("shop.py", SENT)
+    shell("publish", "t", "0", "1", "2")
+    done = shell("run", "--until-empty")
+    assert "1 message handled in " in done.stderr
+    assert ", 2 dead-lettered; drained in " in done.stderr
+    assert "failed" not in done.stderr.rpartition("1 message handled")[2]
+
+
 def test_json_tells_what_runs_where_and_how_it_goes(shell: Shell) -> None:
     shell.shop()
     running = shell.start("run", "shop:app", "--json", "--set", "payments.concurrency=7")

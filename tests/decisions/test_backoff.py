@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,11 +13,17 @@ from sluiceway import Retry
 from sluiceway._decisions.backoff import RestartRule, reconnect_delay, retry_delay
 
 DRAW = st.floats(0, 1)
+
+
+def a_retry(delays: list[float], **options: Any) -> Retry:
+    base, longest = sorted(delays)
+    return Retry(base_delay=base, max_delay=longest, **options)
+
+
 RETRIES = st.builds(
-    Retry,
-    base_delay=st.floats(0, 1e308) | st.integers(0, 10**300),
+    a_retry,
+    st.lists(st.floats(0, 1e308) | st.integers(0, 10**300), min_size=2, max_size=2),
     multiplier=st.floats(1, 1e308) | st.integers(1, 10**300),
-    max_delay=st.floats(0, 1e308) | st.integers(0, 10**300),
     jitter=st.floats(0, 1),
 )
 
@@ -26,7 +34,7 @@ def test_a_retry_delay_is_finite_and_within_the_jitters_share_of_the_cap(
 ) -> None:
     delay = retry_delay(retry, attempt, draw)
     assert math.isfinite(delay)
-    assert 0 <= delay <= float(retry.max_delay)
+    assert 0 <= delay <= float(retry.longest_delay)
     whole = retry_delay(retry, attempt, 0.0)
     assert whole * (1 - retry.jitter) <= delay * (1 + 1e-9)
     assert delay <= whole
@@ -49,6 +57,15 @@ def test_each_delay_is_the_multiplier_times_the_last_until_the_cap(
 def test_a_small_multiplier_reaches_the_cap_too() -> None:
     retry = Retry(base_delay=1, multiplier=1.01, max_delay=60, jitter=0)
     assert retry_delay(retry, 1_000, 0.5) == 60
+
+
+@pytest.mark.parametrize(("base", "longest"), [(1.0, 300), (300, 300), (3600, 3600)])
+def test_unless_said_otherwise_delays_grow_to_five_minutes_and_are_never_cut_below_the_first(
+    base: float, longest: float
+) -> None:
+    retry = Retry(base_delay=base, jitter=0)
+    assert retry_delay(retry, 1, 0.5) == base
+    assert retry_delay(retry, 100, 0.5) == retry.longest_delay == longest
 
 
 def test_no_base_delay_means_no_delay_however_often_it_failed() -> None:

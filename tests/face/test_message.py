@@ -257,6 +257,20 @@ def test_a_message_of_another_batch_cannot_be_failed() -> None:
     assert twin.error is None
 
 
+@pytest.mark.parametrize("wrong", [0, None, "id-1"])
+def test_what_is_no_message_cannot_be_failed_and_is_told_what_to_write(wrong: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"batch\.fail takes a message of the batch, got .*batch\.fail\(batch\[i\], error"
+    ):
+        batch(message()).fail(wrong, "no")
+
+
+async def test_one_message_alone_is_acked_as_a_list_of_one() -> None:
+    one = message()
+    with pytest.raises(TypeError, match=r"write batch\.ack\(\[message\]\)"):
+        await batch(one).ack(one)  # type: ignore[arg-type]
+
+
 def test_the_same_index_and_slice_errors_as_any_sequence() -> None:
     with pytest.raises(TypeError):
         batch(message())["0"]  # type: ignore[call-overload]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import types
 import typing
 from datetime import UTC, datetime
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sluiceway import Acknowledger, Batching, ConsumerOptions, OptionError, Pause, Retry, Split
-from sluiceway.options import OPTIONS, Resolved, resolve, unknown
+from sluiceway.errors import unknown
+from sluiceway.options import INSTEAD, OPTIONS, Resolved, resolve
 
 GATE = Pause()
 ACKNOWLEDGER = Acknowledger()
@@ -69,19 +71,23 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
     "middleware": (
         [(), [], [middleware], (middleware, middleware)],
         [None, middleware, "ab", ["ab"], [None], {middleware}, [Pause], [one_argument], [generator]],
-        "a sequence of functions (message, call_next)",
+        "a sequence of functions (message, call_next), like [Logging()]",
     ),
     "batch_middleware": (
         [(), [], [middleware], (middleware, middleware)],
         [None, middleware, "ab", ["ab"], [None], {middleware}, [Pause], [one_argument], [generator]],
-        "a sequence of functions (batch, call_next)",
+        "a sequence of functions (batch, call_next), like [Metrics()]",
     ),
     "acknowledgers": (
         [(), [ACKNOWLEDGER], (ACKNOWLEDGER, ACKNOWLEDGER)],
         [None, ACKNOWLEDGER, [None], "", "ab", [middleware], [Acknowledger], {ACKNOWLEDGER}],
-        "a sequence of objects of Acknowledger classes",
+        "a sequence of objects of classes that inherit from Acknowledger, like [Audit()]",
     ),
-    "gates": ([(), [GATE], (GATE, GATE)], [None, GATE, [None], "", "ab", [middleware], [Pause]], "a sequence of gates"),
+    "gates": (
+        [(), [GATE], (GATE, GATE)],
+        [None, GATE, [None], "", "ab", [middleware], [Pause]],
+        "a sequence of gates, like [RateLimit(100, 60)]",
+    ),
     "order_by": ([None, "key"], ["topic", "", True, b"key", 0], "one of 'key', None"),
     "start": (
         ["earliest", "latest", WITH_ZONE],
@@ -156,6 +162,28 @@ def test_a_misspelt_option_is_told_with_the_nearest_right_name_and_all_that_ther
         resolve("payments", {wrong: 1})
     known = ", ".join(sorted(OPTIONS))
     assert str(caught.value) == (f"payments: there is no option {wrong!r}; did you mean {right!r}? Known: {known}")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("prepare", "declare it with @payments.prepare, or as a method of the class"),
+        ("acknowledger", "write acknowledgers=[...], a list"),
+        ("rate_limit", "write gates=[RateLimit(messages, seconds)]"),
+        ("batch_key", "write @payments.batch(key=...), or batchers={'default': Batching(key=...)}"),
+    ],
+)
+def test_what_is_looked_for_as_an_option_and_is_none_is_told_with_what_to_write(name: str, instead: str) -> None:
+    for own, overrides in (({name: 1}, {}), ({}, {name: "1"})):
+        with pytest.raises(OptionError) as caught:
+            resolve("payments", own, overrides)
+        assert str(caught.value) == f"payments: there is no option {name!r}; {instead}"
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_what_to_write_instead_is_said_of_no_option_that_there_is(name: str) -> None:
+    assert name not in OPTIONS
+    assert "{" not in INSTEAD[name].format(consumer="c").replace("{'default'", "")
 
 
 def test_a_name_like_no_other_is_told_without_a_guess() -> None:
@@ -282,6 +310,10 @@ def test_each_option_keeps_its_own_origin() -> None:
     ("values", "error"),
     [
         ({"size": 0}, "Batching: size must be a whole number, 1 or more, got 0"),
+        (
+            {"sizes": 50},
+            "Batching: there is no option 'sizes'; did you mean 'size'? Known: concurrency, key, size, split, timeout",
+        ),
         ({"size": True}, "Batching: size must be a whole number, 1 or more, got True"),
         ({"size": 2.0}, "Batching: size must be a whole number, 1 or more, got 2.0"),
         ({"timeout": 0}, "Batching: timeout must be seconds, more than 0, got 0"),
@@ -322,6 +354,18 @@ def test_a_batching_takes_a_split() -> None:
         ({"multiplier": 0.5}, "Retry: multiplier must be 1 or more, got 0.5"),
         ({"multiplier": math.inf}, "Retry: multiplier must be 1 or more, got inf"),
         ({"max_delay": -1}, "Retry: max_delay must be 0 or more seconds, got -1"),
+        (
+            {"base_delay": 60, "max_delay": 10},
+            "Retry: max_delay must be base_delay (60 seconds) or more, or base_delay be less, got 10",
+        ),
+        ({"max_delay": 0.5}, "Retry: max_delay must be base_delay (1 seconds) or more, or base_delay be less, got 0.5"),
+        (
+            {"attemps": 3},
+            (
+                "Retry: there is no option 'attemps'; did you mean 'attempts'? "
+                "Known: attempts, base_delay, jitter, max_delay, multiplier, never"
+            ),
+        ),
         ({"jitter": 1.5}, "Retry: jitter must be between 0 and 1, got 1.5"),
         ({"jitter": True}, "Retry: jitter must be between 0 and 1, got True"),
         ({"never": ValueError}, "Retry: never must be a tuple of exception types, got <class 'ValueError'>"),
@@ -329,12 +373,22 @@ def test_a_batching_takes_a_split() -> None:
         ({"never": ("ValueError",)}, "Retry: never must be a tuple of exception types, got ('ValueError',)"),
         ({"never": (int,)}, "Retry: never must be a tuple of exception types, got (<class 'int'>,)"),
     ],
-    ids=range(17),
+    ids=range(20),
 )
 def test_a_retry_that_cannot_be_says_what_is_allowed(values: dict[str, Any], error: str) -> None:
     with pytest.raises(OptionError) as caught:
         Retry(**values)
     assert str(caught.value) == error
+
+
+def test_a_retry_takes_its_options_by_name() -> None:
+    with pytest.raises(OptionError, match=r"Retry: options are given by name, like Retry\(attempts=3\)"):
+        Retry(3)  # type: ignore[misc]
+
+
+def test_a_retry_crosses_processes_as_it_is() -> None:
+    retry = Retry(base_delay=3600, never=(ValueError,))
+    assert pickle.loads(pickle.dumps(retry)) == retry
 
 
 def test_a_retry_cannot_be_changed() -> None:

@@ -61,7 +61,7 @@ def _is_documented(name: str, value: Any) -> bool:
 
 GATES = ("CircuitBreaker", "Pause", "RateLimit")
 OBVIOUS = {f"{gate}.{name}" for gate in GATES for name in ("allow", "took", "opens_at", "on_change")}  # Gate says it
-OF_CONSUMERS = {"FunctionConsumer.bind"}  # what the app calls
+OF_CONSUMERS = {"FunctionConsumer.bind", "FunctionConsumer.check_without_context"}  # what the app calls
 
 
 @pytest.mark.parametrize(("name", "thing"), public_things(), ids=[name for name, _ in public_things()])

@@ -143,6 +143,24 @@ def test_a_size_that_cannot_be_is_an_option_error(size: Any) -> None:
         MemoryStore(size)
 
 
+@pytest.mark.parametrize("path", [5, None, "", b"a.db"])
+def test_a_path_that_names_no_file_is_an_option_error(path: Any) -> None:
+    with pytest.raises(OptionError, match=r"SQLiteStore: path must name a file, like 'idempotency\.db'; got "):
+        SQLiteStore(path)
+
+
+def test_a_time_to_wait_that_cannot_be_is_an_option_error() -> None:
+    with pytest.raises(OptionError, match="SQLiteStore: busy_timeout must be seconds, more than 0; got -1"):
+        SQLiteStore(busy_timeout=-1)
+
+
+def test_what_is_no_redis_is_an_option_error() -> None:
+    from sluiceway.middleware.idempotency.redis import RedisStore
+
+    with pytest.raises(OptionError, match=r"RedisStore: redis must be a URL or a redis\.asyncio\.Redis; got 5"):
+        RedisStore(5)  # type: ignore[arg-type]
+
+
 # -- SQLite ----------------------------------------------------------------------------------------------------------
 
 CLAIM_AND_DIE = """

@@ -108,6 +108,10 @@ def test_a_level_that_there_is_not_is_an_option_error(level: Any) -> None:
         Logging(level)
 
 
+def test_a_level_is_named_in_capitals_or_not() -> None:
+    assert Logging("info").level == Logging("INFO").level == Logging().level
+
+
 async def test_among_batch_middleware_it_is_an_option_error() -> None:
     shop = Shop(batch_middleware=[Logging()])
 

@@ -186,6 +186,11 @@ def test_a_second_one_in_a_registry_is_an_option_error_unless_it_has_other_names
     Metrics(registry, namespace="other")
 
 
+def test_what_is_no_registry_is_an_option_error() -> None:
+    with pytest.raises(OptionError, match="Metrics: registry must be a CollectorRegistry; got 'x'"):
+        Metrics("x")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("buckets", [(), (1, 1), (2, 1), (float("inf"),)])
 def test_buckets_that_do_not_ascend_are_an_option_error(buckets: Any) -> None:
     with pytest.raises(OptionError, match="Metrics: buckets must be seconds, ascending"):

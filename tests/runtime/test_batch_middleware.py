@@ -163,12 +163,18 @@ def test_without_a_batch_handler_it_is_an_option_error() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"middleware": [5]}, "App: middleware must be a sequence of functions (message, call_next); got [5]"),
+        (
+            {"middleware": [5]},
+            "App: middleware must be a sequence of functions (message, call_next), like [Logging()]; got [5]",
+        ),
         (
             {"batch_middleware": handle},
-            "App: batch_middleware must be a sequence of functions (batch, call_next); got ",
+            "App: batch_middleware must be a sequence of functions (batch, call_next), like [Metrics()]; got ",
         ),
-        ({"middleware": [handle]}, "App: middleware must be a sequence of functions (message, call_next); got "),
+        (
+            {"middleware": handle},
+            "App: middleware must be a sequence of functions (message, call_next), like [Logging()]; got ",
+        ),
         ({"publish_headers": {}}, "App: publish_headers must be a function that takes nothing and returns headers; "),
     ],
 )

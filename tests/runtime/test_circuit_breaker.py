@@ -177,6 +177,49 @@ async def test_a_probe_that_fails_is_not_counted_and_the_waits_grow() -> None:
     assert len(broker.acked) == 40
 
 
+async def test_a_message_that_alone_keeps_it_open_is_dead_lettered_in_the_end() -> None:
+    broker, breaker, calls = Broker(*bodies(2)), make(failures=1), 0
+
+    async def handle(message: Message[bytes]) -> None:
+        nonlocal calls
+        calls += 1
+        raise ConnectionError("this message makes the server hang up")
+
+    retry = Retry(attempts=3, base_delay=1.0, jitter=0.0)
+    async with running(Pipeline(broker.open, handle, concurrency=1, gates=[breaker], retry=retry), broker):
+        await broker.until(lambda: len(broker.dead) == 2, seconds=7200)
+        counted = [one for one in broker.ended if one.outcome == "retry" and one.counted]
+        assert len(counted) == 4
+        assert calls > 4 + 2 * 2
+
+
+async def test_messages_that_fail_as_the_probe_let_others_be_it() -> None:
+    broker, breaker, handled = Broker(*bodies(2)), make(failures=1), []
+
+    async def handle(message: Message[bytes]) -> None:
+        if message.id in ("m1", "m2"):
+            raise ConnectionError("this message makes the server hang up")
+        handled.append(message.id)
+
+    retry = Retry(attempts=10, base_delay=1.0, jitter=0.0)
+    async with running(Pipeline(broker.open, handle, concurrency=1, gates=[breaker], retry=retry), broker):
+        await asyncio.sleep(200)
+        assert breaker.state != "closed"
+        broker.put(*bodies(5))
+        await broker.until(lambda: handled, seconds=400)  # although the broker hands out m1 and m2 before it
+
+
+async def test_an_outage_blames_no_message_while_others_can_be_the_probe() -> None:
+    broker, breaker, database = Broker(*bodies(100)), make(failures=1), Dependency()
+    database.up = False
+    async with running(Pipeline(broker.open, database, concurrency=1, gates=[breaker], retry=LATE), broker):
+        await asyncio.sleep(80 * 300)
+        assert sum(one.counted for one in broker.ended if one.outcome == "retry") == 1  # the one that opened it
+        database.up = True
+        await broker.settled(100)
+    assert len(broker.acked) == 100
+
+
 async def test_what_handle_error_chooses_for_a_probe_counts_more() -> None:
     broker, breaker, database = Broker(*bodies(1)), make(failures=1), Dependency()
     app_broker = App("memory://")
@@ -486,7 +529,7 @@ async def test_the_consumer_is_paused_while_it_is_open() -> None:
         await asyncio.sleep(5)
         stats = pipeline.stats()
         assert stats is not None
-        assert stats.state == "paused"
+        assert (stats.state, stats.reason) == ("paused", "circuit breaker 'db' is open")
 
 
 async def test_a_probe_that_is_parked_behind_an_earlier_one_of_its_key_is_followed_by_another() -> None:

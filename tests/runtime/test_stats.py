@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from sluiceway import Batch, Message, Pipeline, PipelineStats, Retry
+from sluiceway import Batch, CircuitBreaker, Message, Pause, Pipeline, PipelineStats, RateLimit, Retry
 from sluiceway.message import Settlement
 
 from .recording import Broker, bodies, running
@@ -217,3 +217,65 @@ async def test_a_pipeline_that_is_down_spends_no_time() -> None:
         assert stats(pipeline).spent is not None
     last = stats(pipeline)
     assert (last.spent, last.finish_rate, last.finished) == (None, 0.0, 5)
+
+
+# -- why it is not running ---------------------------------------------------------------------------------------------
+
+
+class Shut:
+    """A gate that never opens. The test's own."""
+
+    def allow(self, now: float, wanted: int) -> int:
+        return 0
+
+    def took(self, now: float, count: int) -> None:
+        pass
+
+    def opens_at(self, now: float) -> float | None:
+        return None
+
+    def on_change(self, call: Callable[[], None]) -> None:
+        pass
+
+
+def closed() -> Pause:
+    pause = Pause()
+    pause.close()
+    return pause
+
+
+@virtual_time
+@pytest.mark.parametrize(
+    ("gates", "reason"),
+    [
+        ([closed()], "closed by hand"),
+        ([Pause(), RateLimit(2, 60)], "rate limit of 2 in 60 s"),
+        ([Shut()], "Shut"),
+        ([closed(), Pause(), Shut()], "closed by hand, Shut"),
+        ([CircuitBreaker(failures=1)], "circuit breaker is open"),
+    ],
+)
+async def test_a_paused_pipeline_says_which_gates_are_closed(gates: list[Any], reason: str) -> None:
+    broker = Broker(*bodies(10))
+
+    async def handle(message: Message[bytes]) -> None:
+        raise ConnectionError("down")
+
+    pipeline = Pipeline(broker.open, handle, gates=gates)
+    async with running(pipeline, broker):
+        await asyncio.sleep(1)
+        now = stats(pipeline)
+        assert (now.state, now.reason) == ("paused", reason)
+
+
+@virtual_time
+async def test_a_pipeline_whose_gates_are_open_has_no_reason() -> None:
+    broker = Broker()
+
+    async def handle(message: Message[bytes]) -> None: ...
+
+    pipeline = Pipeline(broker.open, handle, gates=[Pause(), RateLimit(2, 60), CircuitBreaker()])
+    async with running(pipeline, broker):
+        await asyncio.sleep(1)
+        now = stats(pipeline)
+        assert (now.state, now.reason) == ("running", None)

@@ -167,7 +167,7 @@ async def test_a_listener_that_raises_is_detached_once_and_no_message_suffers(
     for one in heard:
         if isinstance(one, Settled):
             settled[one.outcome] = settled.get(one.outcome, 0) + one.count
-    assert (settled["ack"], settled["dead_letter"]) == (2 + 31, 2)
+    assert (settled["ack"], settled["dead_letter"]) == (2 + 30, 2)
 
 
 # -- the way of one message ------------------------------------------------------------------------------------------

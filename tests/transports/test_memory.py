@@ -15,8 +15,8 @@ from sluiceway.errors import OptionError, TransportError
 from sluiceway.message import Message, Outgoing, Settlement
 from sluiceway.source import Subscription
 from sluiceway.testing import run
+from sluiceway.testing.acceptance.kit import bodies, numbered, start
 from sluiceway.transports.memory import MemorySource, MemoryTransport
-from tests.transports.kit import bodies, numbered, start
 
 pytestmark = pytest.mark.virtual_time
 

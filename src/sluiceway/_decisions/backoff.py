@@ -11,9 +11,9 @@ def retry_delay(retry: Retry, attempt: int, draw: float) -> float:
     """Seconds before the attempt after `attempt`; `draw` is a random number between 0 and 1."""
     try:
         grown = retry.base_delay * float(retry.multiplier) ** (attempt - 1)
-    except OverflowError:  # far beyond every max_delay
+    except OverflowError:  # far beyond every longest delay
         grown = math.inf if retry.base_delay else 0.0
-    return min(retry.max_delay, grown) * (1 - retry.jitter * draw)
+    return min(retry.longest_delay, grown) * (1 - retry.jitter * draw)
 
 
 def reconnect_delay(tries: int, draw: float, *, base: float = 0.05, cap: float = 5.0) -> float:

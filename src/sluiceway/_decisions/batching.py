@@ -20,9 +20,6 @@ class Change(NamedTuple):
     kind: Literal["opened", "size", "split", "flush"]
 
 
-_FULL = Change(None, "size")
-
-
 class Forming:
     """The batches of one batcher that are not yet full, one per key, oldest first.
 
@@ -76,21 +73,10 @@ class Forming:
         self._accumulators[key] = accumulator
         return full
 
-    def adder(self) -> Add:
-        """`add` in half the time, where all messages that nobody routed share one batch."""
-        if self.key is not None or self.split is not None or self.size == 1:
-            return self.add
-        batch, size, slowly = self._unkeyed, self.size, self.add
-
-        def add(message: Message[Any], value: Any) -> Change | None:
-            if message.routing is not None or not batch:
-                return slowly(message, value)
-            if value is not None:  # as it is already; writing an attribute is a third of what this costs
-                message.value = value
-            batch.append(message)
-            return None if len(batch) < size else _FULL
-
-        return add
+    def plain(self) -> tuple[list[Message[Any]], int]:
+        """The batch of all messages without a key, and up to which length another may be appended without `add`: when
+        it is not empty, what nobody routed neither opens it nor makes it full. 0 where more decides than the size."""
+        return self._unkeyed, 0 if self.key is not None or self.split is not None else self.size - 1
 
     @property
     def count(self) -> int:

@@ -6,13 +6,18 @@ messages may be asked for, and when next; none does, and none takes `now`.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Hashable
 from typing import Literal
 
 from ..retry import Retry
 from .backoff import retry_delay
 
 BreakerState = Literal["closed", "open", "half-open"]
+Start = Literal["pass", "probe", "back", "gives way"]
+
+PROBES = 3  # failed probes of one message, of which the last counts
+WAY = 1.0  # seconds, at most, for which a message that failed as the probe gives way to others
 
 
 class Breaker:
@@ -20,7 +25,11 @@ class Breaker:
     half-open: one message passes, the probe. When that succeeds the breaker closes; when it fails, it opens again, for
     longer each time, as `backoff` says.
 
-    All methods take `now` in seconds; `draw` is a random number between 0 and 1.
+    A probe's failure is the dependency's and not the message's own. But it may be the message. So one that has failed as
+    the probe gives way once, each time that the breaker is half-open, to those that have not; and when there are none,
+    or none of them succeeds either, of every `PROBES` failed probes of one message the last counts against it.
+
+    All methods take `now` in seconds; `draw` is a random number between 0 and 1. `message` is what names a message.
     """
 
     def __init__(self, failures: int, within: float, backoff: Retry) -> None:
@@ -32,6 +41,8 @@ class Breaker:
         self._delay = 0.0  # how long it opened the last time
         self._due = 0.0  # open: when it is half-open; half-open: when a message may be asked for
         self._probing = False
+        self._probes: Counter[Hashable] = Counter()  # failed ones by message, since it was closed and since one counted
+        self._gave_way: set[Hashable] = set()  # messages, since it was half-open
 
     @property
     def closed(self) -> bool:
@@ -59,13 +70,22 @@ class Breaker:
         """When the next message may be asked for; None: now, or once the probe has ended."""
         return None if self._state == "closed" or self._probing or now >= self._due else self._due
 
-    def starts(self, now: float) -> Literal["pass", "probe", "back"]:
-        """What becomes of a message that is about to start: it passes, it is the probe, or it goes back."""
+    @property
+    def way(self) -> float:
+        """For how many seconds a message gives way."""
+        return min(WAY, self._delay)
+
+    def starts(self, now: float, message: Hashable) -> Start:
+        """What becomes of a message that is about to start: it passes, is the probe, goes back, or gives way."""
         state = self.state(now)
         if state == "closed":
             return "pass"
         if state == "open" or self._probing:
             return "back"
+        if self._probes[message] and message not in self._gave_way:
+            self._gave_way.add(message)
+            self._due = now
+            return "gives way"
         self._probing = True
         return "probe"
 
@@ -85,11 +105,16 @@ class Breaker:
         self._probing = False
         self._opened = 0
         self._failed.clear()
+        self._probes.clear()
 
-    def probe_failed(self, now: float, draw: float) -> float:
-        """Open again; returns for how many seconds."""
+    def probe_failed(self, now: float, draw: float, message: Hashable) -> tuple[float, bool]:
+        """Open again; returns for how many seconds, and whether the failure counts."""
         self._open(now, draw)
-        return self._delay
+        self._probes[message] += 1
+        counts = self._probes[message] == PROBES
+        if counts:
+            del self._probes[message]
+        return self._delay, counts
 
     def probe_unknown(self, now: float) -> None:
         """The probe ended in a way that says nothing: the next message is the probe."""
@@ -100,6 +125,7 @@ class Breaker:
         self._state = "open"
         self._probing = False
         self._opened += 1
+        self._gave_way.clear()
         self._failed.clear()
         self._delay = retry_delay(self.backoff, self._opened, draw)
         self._due = now + self._delay

@@ -51,14 +51,15 @@ class Batchers:
         return batcher
 
     def adder(self) -> Add | None:
-        """`add` for a processor's loop, the shortest way there is; None without batchers."""
-        if not self.by_name:
-            return None
-        if self.take != self.add:
-            return self.take
-        if list(self.by_name) == [DEFAULT_BATCHER]:
-            return self.by_name[DEFAULT_BATCHER].forming.adder()  # `to()` has checked the name on the user's own line
-        return self.add
+        """What a processor calls with a message whose handler returned; None without batchers."""
+        return self.take if self.by_name else None
+
+    def plain(self) -> tuple[list[Message[Any]], int]:
+        """A batch that a processor may append to by itself, which saves a call per message: while it is neither empty
+        nor has as many messages as are told here, and for what nobody routed."""
+        if self.take != self.add or list(self.by_name) != [DEFAULT_BATCHER]:
+            return [], 0
+        return self.by_name[DEFAULT_BATCHER].forming.plain()
 
     def keep_order(
         self, *, emitted: Callable[[Sequence[Message[Any]]], None], abandoned: Callable[[Message[Any]], None]

@@ -109,6 +109,10 @@ class Gates:
         """Whether all gates allow what was asked for, or else a message."""
         return all(gate.is_open(self, now) for gate in self._gates)
 
+    def shut_by(self, now: float) -> str:
+        """Which gates are not open, as text; "" when all are."""
+        return ", ".join(_name(one.gate) for one in self._gates if not one.is_open(self, now))
+
     def ask(self, now: float, count: int) -> None:
         """A receive is about to wait for `count`, which `allow` allows."""
         self.waits_since = None
@@ -139,6 +143,10 @@ class Gates:
         """It looks again."""
         for gate in self._gates:
             gate.waiting.discard(self)
+
+
+def _name(gate: Gate) -> str:
+    return str(gate) if type(gate).__str__ is not object.__str__ else type(gate).__name__
 
 
 def _waits_since(gates: Gates) -> float:

@@ -231,7 +231,8 @@ class AsyncProcessors:
         if slot.in_run:
             slot.in_run = False
             self._in_run -= 1
-            self._note_occupancy(falling_asleep=slot in self._slots and not self._ready)
+        if not self._ready:  # else the next run begins in this very turn of the loop, and tells
+            self._note_occupancy(falling_asleep=slot in self._slots)
 
     def _note_occupancy(self, *, falling_asleep: bool = False) -> None:
         """Idle are the processors that sleep, or are about to, and those that were not needed yet."""
@@ -252,6 +253,7 @@ class AsyncProcessors:
     async def _work(self, slot: Slot) -> None:
         ready, settler, decode = self._ready, self.settler, self.spec.decode
         add_to_batch, batch_changed = self.batchers.adder(), self.batchers.changed
+        forming, nearly_full = self.batchers.plain()
         finished = self.on_finished
         run = RUN  # so that the first turn looks round
         while True:
@@ -284,7 +286,11 @@ class AsyncProcessors:
                 if message.error is not None:
                     await self._failed(slot, message, message.error)
                 elif message.state == RUNNING:
-                    if add_to_batch is not None:
+                    if forming and len(forming) < nearly_full and message.routing is None:
+                        if value is not None:  # as it is already; writing an attribute is a third of what this costs
+                            message.value = value
+                        forming.append(message)
+                    elif add_to_batch is not None:
                         change = add_to_batch(message, value)
                         if change is not None:
                             batch_changed(message, change)

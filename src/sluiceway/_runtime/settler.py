@@ -139,8 +139,8 @@ class PipelineSettler:
             self._keep([Settlement(message, "ack") for message in batch if id(message) in rejected])
             batch = [message for message in batch if id(message) not in rejected]
         self.held.difference_update(batch)
-        if Settled in self.telemetry.attached:
-            self.telemetry.emit(Settled(consumer=self.spec.name, outcome="ack", count=len(batch)))
+        if Settled in self.telemetry.attached and (taken := len(batch) - sum(one.kind == "lost" for one in refused)):
+            self.telemetry.emit(Settled(consumer=self.spec.name, outcome="ack", count=taken))
         self._ended(batch, refused)
 
     def settle(self, settlement: Settlement) -> None:
@@ -268,7 +268,8 @@ class PipelineSettler:
                 self._keep([one for one in batch if id(one.message) in rejected])
                 batch = [one for one in batch if id(one.message) not in rejected]
                 self._ended([one.message for one in batch], refused)
-                self._tell(batch)
+                lost = {id(one.message) for one in refused}
+                self._tell([one for one in batch if id(one.message) not in lost])
                 if self._others:
                     self._other_wake.set()
 

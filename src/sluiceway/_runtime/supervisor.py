@@ -27,7 +27,8 @@ log = logging.getLogger("sluiceway")
 class PipelineStats(Struct, frozen=True, kw_only=True):
     """A pipeline at one moment.
 
-    `state`: starting, running, paused, blocked (see `reason`), draining, stopped or failed. Counts are messages: `held`
+    `state`: starting, running, paused, blocked, draining, stopped or failed. `reason` says why it is not running: which
+    gates are closed, what the broker refuses, or the last crash. Counts are messages: `held`
     are received and unsettled, of which `unstarted` wait for a processor, `running` are in a handler, `forming` in a
     batch whose handler was not entered, `batched` in a batch handler and `unsettled` on their way to the broker;
     `window` is the most that may be held; `demand` what the source is asked for now. `received` and `finished` count
@@ -171,8 +172,8 @@ class Supervisor:
             return self._state, self._reason
         if flow.settler.trouble:
             return "blocked", flow.settler.trouble
-        if flow.intake.closed:
-            return "paused", None
+        if closed_by := flow.intake.closed_by:
+            return "paused", closed_by
         status = flow.source.status()
         return status.state, status.error
 

@@ -19,10 +19,20 @@ class Counts:
         self.failed: Counter[str] = Counter()
         self.waiting: dict[str, int | None] = {}
         self._app = app
+        self._emptied = False
         self._settled: Counter[tuple[str, str]] = Counter()
         self._past: deque[tuple[float, dict[str, int]]] = deque()
         app.telemetry.attach(self._on_settled, Settled)
         app.telemetry.attach(self._on_failed, MessageFailed)
+
+    def emptied(self) -> None:
+        """Nothing waits, as `ConsumerManager.idle` has found; that is what the last status says."""
+        self._emptied = True
+
+    def stopped_asking(self) -> None:
+        """What waits is not known any more, unless nothing did: a drain hands back what no answer has counted."""
+        known = self._emptied and self._app.transport.features.backlog
+        self.waiting = dict.fromkeys(self.names, 0 if known else None)
 
     def of(self, name: str, outcome: str) -> int:
         """How many of a consumer's messages ended so."""

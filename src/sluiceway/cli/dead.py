@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import click
 from msgspec import Struct
 
 from .._decisions.policy import DEAD_PREFIX, without_dead_headers
-from .._decisions.topics import check_topic, dead_letter_topic, is_dead_letter_topic, is_pattern
+from .._decisions.topics import best_match, check_topic, dead_letter_topic, is_dead_letter_topic, is_pattern
 from ..app import App
-from ..errors import PublishError
+from ..consumer import ConsumerDef
+from ..errors import PublishError, unknown
 from ..message import Outgoing, Stored
-from ..options import unknown
 from .exits import Fault
-from .topology import dead_letter_topics, group_of
+from .topology import group_of
 from .words import hint
 
 MOST_MESSAGES = 200  # of one publish and remove
@@ -74,12 +74,12 @@ class Chosen(Struct, frozen=True):
 def topics_of(app: App, name: str | None, group: str | None, *, exact: bool) -> tuple[str, ...]:
     """The dead-letter topics that a user means by `name`: one of them, a consumer, or a topic. Raises Fault.
 
-    None means those of every consumer of the app.
+    None means those of every consumer of the app. Those of a pattern are one pattern: `orders.*.shop.dead`.
     """
     if name is None:
         return _of_all(app)
     if exact or is_dead_letter_topic(name):
-        known = {topic for one in app.consumers.values() for topic in dead_letter_topics(app, one)}
+        known = {topic for one in app.consumers.values() for topic in _dead_topics(app, one)}
         if name not in known:
             hint(f"no consumer of the app has the dead-letter topic {name!r}", name, known)
         return (check_topic(name, pattern=False),)
@@ -89,12 +89,12 @@ def topics_of(app: App, name: str | None, group: str | None, *, exact: bool) -> 
         topic
         for one in app.consumers.values()
         if name in one.topics and group in (None, group_of(app, one))
-        for topic in dead_letter_topics(app, one)
+        for topic in _dead_topics(app, one)
         if one.value("dead_letter_topic") or topic.startswith(f"{name}.{group_of(app, one)}")
     ]
     if own:
         return tuple(dict.fromkeys(own))
-    if any(name in dead_letter_topics(app, one) for one in app.consumers.values()):
+    if any(name in _dead_topics(app, one) for one in app.consumers.values()):
         return (name,)
     check_topic(name, pattern=False)
     known = {*app.consumers, *(topic for one in app.consumers.values() for topic in one.topics)}
@@ -104,29 +104,60 @@ def topics_of(app: App, name: str | None, group: str | None, *, exact: bool) -> 
 
 
 def _of_all(app: App) -> tuple[str, ...]:
-    found = [topic for one in app.consumers.values() for topic in dead_letter_topics(app, one)]
+    found = [topic for one in app.consumers.values() for topic in _dead_topics(app, one)]
     if not found:
         raise Fault("name a dead-letter topic, a consumer or a topic: no app with consumers was found here")
-    for topic in found:
-        if "{topic}" in topic:
-            click.echo(f"{topic}: a consumer reads a pattern; name such a topic to see its dead letters", err=True)
-    return tuple(dict.fromkeys(topic for topic in found if "{topic}" not in topic))
+    return tuple(dict.fromkeys(found))
 
 
 def _of_consumer(app: App, name: str, group: str | None) -> tuple[str, ...]:
     definition = app.consumers[name]
     if group is not None and group != group_of(app, definition):
         raise unknown(name, group, [group_of(app, definition)], "group")
-    topics = dead_letter_topics(app, definition)
-    if any("{topic}" in topic for topic in topics):
-        patterns = ", ".join(topic for topic in definition.topics if is_pattern(topic))
-        example = dead_letter_topic("orders.eu", group_of(app, definition))
-        raise Fault(f"{name} reads the pattern {patterns}: name one dead-letter topic, like {example}")
-    return topics
+    return _dead_topics(app, definition)
+
+
+def _dead_topics(app: App, definition: ConsumerDef) -> tuple[str, ...]:
+    said = definition.value("dead_letter_topic")
+    group = group_of(app, definition)
+    return (said,) if said else tuple(dict.fromkeys(dead_letter_topic(topic, group) for topic in definition.topics))
+
+
+async def there(app: App, topics: Sequence[str]) -> tuple[str, ...]:
+    """`topics` with what there is at the broker in the place of patterns; one that nothing matches stays.
+
+    Raises Fault where the broker cannot say what there is.
+    """
+    patterns = [topic for topic in topics if is_pattern(topic)]
+    if not patterns:
+        return tuple(topics)
+    ask = getattr(app.transport, "dead_letter_topics", None)
+    if ask is None:
+        example = patterns[0].replace("*", "eu").replace("#", "eu")
+        text = f"{app.broker} cannot say which topics match {', '.join(patterns)}: name one, like {example}"
+        if len(patterns) == len(topics):
+            raise Fault(text)
+        click.echo(text, err=True)
+        return tuple(topic for topic in topics if topic not in patterns)
+    known = await ask()
+    declared = {*topics, *(topic for one in app.consumers.values() for topic in _dead_topics(app, one))}
+    found = [[one for one in known if _is_of(one, topic, declared)] or [topic] for topic in topics]
+    return tuple(dict.fromkeys(one for ones in found for one in ones))
+
+
+def _is_of(topic: str, pattern: str, declared: Iterable[str]) -> bool:
+    """Whether the dead letters in `topic` are those of `pattern`, and not of a consumer that reads them more exactly.
+
+    The last word, which no pattern matches, is left out.
+    """
+    best = best_match((one.removesuffix(".dead") for one in declared), topic.removesuffix(".dead"))
+    return topic == pattern or best == pattern.removesuffix(".dead")
 
 
 async def read(app: App, topic: str) -> AsyncIterator[Letter]:
-    """The dead letters of a topic, oldest first. Raises Fault where the broker cannot show them."""
+    """The dead letters of a topic, oldest first; none of a pattern. Raises Fault where the broker cannot show them."""
+    if is_pattern(topic):
+        return
     if not app.transport.features.browse:
         raise Fault(f"{app.broker} cannot show messages at rest; read {topic} with a consumer")
     async for stored in app.transport.browse(topic):

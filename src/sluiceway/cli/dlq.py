@@ -6,7 +6,6 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,9 +14,9 @@ import msgspec
 from .._decisions.topics import check_topic
 from ..app import App
 from ..errors import PublishError
-from .dead import Chosen, Letter, batches, choose, read, replay, topics_of
-from .exits import BROKER, GAVE_UP, Fault
-from .find import find_broker, is_private
+from .dead import Chosen, Letter, batches, choose, read, replay, there, topics_of
+from .exits import GAVE_UP, Fault
+from .find import check_shared, find_broker
 from .progress import Bar
 from .show import Detail, letter_text, table_of
 from .words import ask, clean, many
@@ -82,13 +81,13 @@ def list_(
     topic: str | None, limit: int, url: str | None, reference: str | None, group: str | None, exact: bool, as_json: bool
 ) -> None:
     """List dead letters, the oldest first. Without TOPIC: those of every consumer of the app."""
-    app, topics = _target(topic, url, reference, group, exact)
+    app, wanted = _target(topic, url, reference, group, exact)
 
-    async def work() -> None:
+    async def work(topics: tuple[str, ...]) -> None:
         for name in topics:
             await _list(app, name, limit, as_json)
 
-    _run(app, work)
+    _run(app, wanted, work)
 
 
 async def _list(app: App, topic: str, limit: int, as_json: bool) -> None:
@@ -128,9 +127,9 @@ def show(
     as_json: bool,
 ) -> None:
     """Show dead letters whole: why, headers, body, traceback."""
-    app, topics = _target(topic, url, reference, group, exact)
+    app, wanted = _target(topic, url, reference, group, exact)
 
-    async def work() -> None:
+    async def work(topics: tuple[str, ...]) -> None:
         found = 0
         for name in topics:
             async for letter in read(app, name):
@@ -141,7 +140,7 @@ def show(
         if not found:
             raise Fault(f"no dead letter in {', '.join(topics)} has the id {' or '.join(ids)}")
 
-    _run(app, work)
+    _run(app, wanted, work)
 
 
 REPLAY_EPILOG = f"""\b
@@ -177,11 +176,11 @@ def replay_(
     """Send dead letters back to where they failed."""
     if to is not None:
         check_topic(to, pattern=False)
-    app, topics = _target(topic, url, reference, group, exact)
-    if to in topics:
-        raise Fault(f"{to} is the dead-letter topic itself")
+    app, wanted = _target(topic, url, reference, group, exact)
 
-    async def work() -> None:
+    async def work(topics: tuple[str, ...]) -> None:
+        if to in topics:
+            raise Fault(f"{to} is the dead-letter topic itself")
         chosen = await _chosen(app, topics, ids, limit, to)
         ways = ", ".join(f"{count:,} to {clean(name)}" for name, count in chosen.where.items())
         if chosen.homeless:
@@ -200,7 +199,7 @@ def replay_(
         if chosen.homeless and not dry_run:
             raise click.exceptions.Exit(GAVE_UP)
 
-    _run(app, work)
+    _run(app, wanted, work)
 
 
 async def _replay(app: App, chosen: Chosen, to: str | None, as_json: bool) -> None:
@@ -248,9 +247,9 @@ def purge(
     as_json: bool,
 ) -> None:
     """Delete dead letters for good."""
-    app, topics = _target(topic, url, reference, group, exact)
+    app, wanted = _target(topic, url, reference, group, exact)
 
-    async def work() -> None:
+    async def work(topics: tuple[str, ...]) -> None:
         chosen = await _chosen(app, topics, ids, limit, None)
         what = f"{many(chosen.count, 'dead letter')} of {', '.join(topics)}"
         if not chosen.count:
@@ -268,7 +267,7 @@ def purge(
         else:
             click.echo("nothing was deleted", err=True)
 
-    _run(app, work)
+    _run(app, wanted, work)
 
 
 # -- what they share -------------------------------------------------------------------------------------------------
@@ -279,11 +278,7 @@ def _target(
 ) -> tuple[App, tuple[str, ...]]:
     """The app and the dead-letter topics that the arguments mean."""
     app = find_broker(reference, url, consumers=True)
-    if is_private(app):
-        raise Fault(f"{app.broker} lives inside one process, so nobody else sees its dead letters; give a --url")
-    path = getattr(app.transport, "path", None)
-    if path is not None and not Path(path).exists():
-        raise Fault(f"{app.broker} is not there ({path}): nothing was published yet, or not from this folder", BROKER)
+    check_shared(app, "its dead letters")
     return app, topics_of(app, topic, group, exact=exact)
 
 
@@ -294,10 +289,12 @@ async def _chosen(app: App, topics: Sequence[str], ids: Sequence[str], limit: in
     return chosen
 
 
-def _run(app: App, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def _run(app: App, wanted: Sequence[str], work: Callable[[tuple[str, ...]], Coroutine[Any, Any, None]]) -> None:
+    """Connect, and work on the dead-letter topics that there are for the wanted ones."""
+
     async def connected() -> None:
         async with app:
-            await work()
+            await work(await there(app, wanted))
 
     asyncio.run(connected())
 

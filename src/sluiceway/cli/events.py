@@ -28,8 +28,9 @@ class Started(Struct, frozen=True, kw_only=True, tag_field="event", tag="started
 class ConsumerStatus(Struct, frozen=True, kw_only=True):
     """One consumer at one moment; counts are messages since the start.
 
-    `handled` were acknowledged, `failed` are attempts that failed, of which `retried` come again and `dead_lettered` do
-    not; `released` went back untouched; `in_hand` are received and unsettled. `waiting` at the broker: None, not known.
+    `failed` are attempts that failed. The others say how deliveries ended: `handled` were acknowledged; `retried` come
+    again; `dead_lettered` do not, dropped ones among them, and also those whose handler succeeded and asked for it;
+    `released` went back untouched. `in_hand` are received and unsettled. `waiting` at the broker: None, not known.
     """
 
     consumer: str

@@ -10,6 +10,7 @@ import os
 import sys
 import tomllib
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -18,8 +19,9 @@ import click
 from msgspec import Struct
 
 from ..app import App
-from ..errors import SluicewayError
-from .exits import Fault
+from ..consumer import ConsumerDef
+from ..errors import SluicewayError, unknown
+from .exits import BROKER, Fault
 
 ENVIRONMENT = "SLUICEWAY_APP"
 URL_ENVIRONMENT = "SLUICEWAY_URL"
@@ -69,6 +71,32 @@ def find_broker(given: str | None, url: str | None, *, consumers: bool = False) 
             return app
         named = (f"{chosen}:app", f"by convention, {chosen}.py")
     return _load_app(*named, url).app
+
+
+def app_once(argument: str | None, option: str | None) -> str | None:
+    """The app that is named as an argument or with --app. Raises UsageError when both say something else."""
+    if argument and option and argument != option:
+        raise click.UsageError(f"the app is named twice: {argument} and --app {option}")
+    return argument or option
+
+
+def wanted(app: App, only: Sequence[str]) -> list[ConsumerDef]:
+    """The consumers that `--only` names; all of them when it names none. Raises Fault and OptionError."""
+    if not app.consumers:
+        raise Fault("the app has no consumers; declare one with @app.consumer(topic)")
+    for name in only:
+        if name not in app.consumers:
+            raise unknown("--only", name, app.consumers, "consumer")
+    return [app.consumers[name] for name in only or app.consumers]
+
+
+def check_shared(app: App, what: str) -> None:
+    """Raise Fault when this process cannot see `what` of other processes, or when nothing is there yet."""
+    if is_private(app):
+        raise Fault(f"{app.broker} lives inside one process, so nobody else sees {what}; give a --url")
+    path = getattr(app.transport, "path", None)
+    if path is not None and not Path(path).exists():
+        raise Fault(f"{app.broker} is not there ({path}): nothing was published yet, or not from this folder", BROKER)
 
 
 def is_private(app: App) -> bool:

@@ -11,6 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import SluicewayError
+from .backlog import backlog
 from .dlq import dlq
 from .exits import INTERRUPTED, NO_READER, Fault, code_of, forget_stdout
 from .inspect import inspect
@@ -22,12 +23,17 @@ Examples:
   sluiceway publish greetings '"Ada"'
   sluiceway run hello:app
   sluiceway run shop:app --workers 4 --set payments.concurrency=20
+  sluiceway backlog shop:app
   sluiceway dlq list payments
 
 \b
 Environment:
   SLUICEWAY_URL  the broker, for every command; it wins over the app's own
-  SLUICEWAY_APP  the app, as module:app, where none is named"""
+  SLUICEWAY_APP  the app, as module:app, where none is named
+
+\b
+Every command takes --app module:app; those that are about an app as a whole
+(run, inspect, backlog) take it as their argument too."""
 
 
 class Commands(click.Group):
@@ -60,7 +66,7 @@ def cli() -> None:
     """Run message consumers that pull only as fast as they can handle, and lose nothing."""
 
 
-for command in (run, publish, inspect, dlq):
+for command in (run, publish, inspect, backlog, dlq):
     cli.add_command(command)
 
 

@@ -12,13 +12,12 @@ import click
 from msgspec import Struct
 
 from ..app import App
-from ..errors import OptionError
+from ..errors import OptionError, unknown
 from ..message import DEFAULT_BATCHER
-from ..options import unknown
 from . import logs
 from .events import Started
 from .exits import Fault
-from .find import Found, find_app, is_private
+from .find import Found, app_once, find_app, is_private, wanted
 from .lifeline import Lifeline
 from .screen import JsonScreen, LogScreen, Screen, TerminalScreen, WireScreen
 from .serve import Plan, Server, run_in_loop
@@ -77,6 +76,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 @click.command(epilog=EPILOG, short_help="Run an app's consumers.")
 @click.argument("reference", metavar="[MODULE:APP]", required=False)
+@click.option("named", "--app", metavar="MODULE:APP", help="The app; the same as the argument.")
 @click.option(
     "--workers", type=click.IntRange(min=1), metavar="N", help="Run in N processes; one that dies is replaced."
 )
@@ -97,6 +97,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 )  # fmt: skip
 def run(
     reference: str | None,
+    named: str | None,
     workers: int | None,
     until_empty: bool,
     sets: tuple[str, ...],
@@ -107,6 +108,7 @@ def run(
     gc_tuning: bool,
 ) -> None:
     """Run an app's consumers until Ctrl-C, then drain."""
+    reference = app_once(reference, named)
     lifeline = Lifeline.from_environment()
     settings = Settings(
         reference=reference,
@@ -134,15 +136,11 @@ def run(
 
 def prepare(app: App, sets: Sequence[str], only: Sequence[str]) -> None:
     """Apply `--set` and check `--only`, and everything that a start would refuse. Raises Fault and OptionError."""
-    if not app.consumers:
-        raise Fault("the app has no consumers; declare one with @app.consumer(topic)")
-    for name in only:
-        if name not in app.consumers:
-            raise unknown("--only", name, app.consumers, "consumer")
+    definitions = wanted(app, only)
     for text in sets:
         _set(app, text)
-    for name in only or app.consumers:
-        describe(app, app.consumers[name])
+    for definition in definitions:
+        describe(app, definition)
 
 
 def _set(app: App, text: str) -> None:

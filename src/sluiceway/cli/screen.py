@@ -68,7 +68,10 @@ def last_line(stopped: Stopped) -> str:
     text = f"{many(stopped.handled, 'message')} handled in {duration(stopped.seconds)}"
     if stopped.failed:
         text += f", {many(stopped.failed, 'attempt')} failed"
-        text += f" ({stopped.retried:,} retried, {stopped.dead_lettered:,} dead-lettered)"
+    if stopped.retried:
+        text += f", {stopped.retried:,} retried"
+    if stopped.dead_lettered:
+        text += f", {stopped.dead_lettered:,} dead-lettered"
     text += f"; drained in {duration(stopped.drain_seconds)}"
     if stopped.drain_released or stopped.cancelled:
         text += f": {stopped.drain_released:,} went back unstarted, {stopped.cancelled:,} were cut off"
@@ -149,7 +152,7 @@ class LogScreen:
 
     def _status(self, status: Status) -> None:
         for one in status.consumers:
-            moved = one.handled + one.failed
+            moved = one.handled + one.failed + one.dead_lettered
             if moved != self._last.get(one.consumer, 0) and one.state != "stopped":
                 log.info("%s: %s", one.consumer, status_text(one))
             self._last[one.consumer] = moved

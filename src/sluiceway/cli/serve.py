@@ -121,7 +121,7 @@ class Server:
                 )
             )
             async with self._stopping_when_empty(manager):
-                await manager.until(self._stop)
+                await self._stop.wait()
 
     @asynccontextmanager
     async def _stopping_when_empty(self, manager: ConsumerManager) -> AsyncIterator[None]:
@@ -135,6 +135,7 @@ class Server:
         async def watch() -> SluicewayError | None:
             try:
                 await manager.idle()
+                self.counts.emptied()
             except SluicewayError as error:  # what waits cannot be asked
                 return error
             except (KeyboardInterrupt, SystemExit):
@@ -168,6 +169,7 @@ class Server:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if self._open.is_set():
+                self.counts.stopped_asking()
                 self._show()
 
     async def _show_status(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from msgspec import Struct
@@ -9,11 +10,11 @@ from msgspec import Struct
 from .._decisions.topics import dead_letter_topic, is_pattern
 from ..app import App
 from ..assembly import check_features, window_bounds
-from ..consumer import ClassConsumer, ConsumerDef, FunctionConsumer
+from ..consumer import ConsumerDef
 from ..message import DEFAULT_BATCHER
 from ..options import Resolved
 from ..remote import remote_handler
-from ..signatures import is_async
+from ..signatures import name_of
 
 
 class BatcherView(Struct, frozen=True, kw_only=True):
@@ -24,9 +25,11 @@ class BatcherView(Struct, frozen=True, kw_only=True):
     seconds: float
     keyed: bool
     concurrency: int
+    split: str | None = None
 
     def __str__(self) -> str:
         text = f"{self.name}: {self.size} messages or {self.seconds:g} s"
+        text += f", split by {self.split}" if self.split else ""
         text += ", by key" if self.keyed else ""
         return text + (f", {self.concurrency} at once" if self.concurrency > 1 else "")
 
@@ -39,7 +42,7 @@ class OptionView(Struct, frozen=True, kw_only=True):
 
 
 class ConsumerView(Struct, frozen=True, kw_only=True):
-    """One consumer as it would run now."""
+    """One consumer as it would run now. Middleware is named from the outside in, the app's first."""
 
     name: str
     topics: tuple[str, ...]
@@ -48,6 +51,9 @@ class ConsumerView(Struct, frozen=True, kw_only=True):
     concurrency: int
     runs_on: str
     batchers: tuple[BatcherView, ...]
+    middleware: tuple[str, ...]
+    batch_middleware: tuple[str, ...]
+    gates: tuple[str, ...]
     retry: str
     dead_letters: tuple[str, ...]
     order: str | None
@@ -57,7 +63,8 @@ class ConsumerView(Struct, frozen=True, kw_only=True):
 
 
 def describe(app: App, definition: ConsumerDef) -> ConsumerView:
-    """What a consumer is and is promised over this broker. Raises OptionError and Unsupported, as its start would."""
+    """What a consumer is and is promised over this broker. Raises OptionError and Unsupported for options that exclude
+    each other or that the broker cannot give."""
     check_features(definition, app.transport.features)
     group = group_of(app, definition)
     sizes = definition.batchings()
@@ -65,15 +72,23 @@ def describe(app: App, definition: ConsumerDef) -> ConsumerView:
         name=definition.name,
         topics=definition.topics,
         group=group,
-        payload=_type_name(getattr(definition, "payload_type", None)),
+        payload=_type_name(definition.payload_type),
         concurrency=definition.value("concurrency"),
         runs_on=_runs_on(app, definition),
         batchers=tuple(
             BatcherView(
-                name=name, size=one.size, seconds=one.timeout, keyed=one.key is not None, concurrency=one.concurrency
+                name=name,
+                size=one.size,
+                seconds=one.timeout,
+                keyed=one.key is not None,
+                concurrency=one.concurrency,
+                split=None if one.split is None else name_of(one.split.step),
             )
             for name, one in sizes.items()
         ),
+        middleware=_names(app.middleware, definition.value("middleware")),
+        batch_middleware=_names(app.batch_middleware, definition.value("batch_middleware")),
+        gates=tuple(map(_gate, definition.value("gates"))),
         retry=_retry(definition),
         dead_letters=dead_letter_topics(app, definition),
         order=definition.value("order_by"),
@@ -131,22 +146,16 @@ def _runs_on(app: App, definition: ConsumerDef) -> str:
 
 
 def _runs_in_loop(app: App, definition: ConsumerDef) -> bool:
-    if app.middleware or definition.value("middleware"):
-        return True
-    if isinstance(definition, FunctionConsumer):
-        return is_async(definition.function)
-    if isinstance(definition, ClassConsumer) and definition.has_handle:
-        return is_async(definition.kind.handle)
-    return True
+    return definition.is_async or bool(app.middleware or definition.value("middleware"))
 
 
 def _retry(definition: ConsumerDef) -> str:
     retry = definition.value("retry")
     if definition.value("exhausted") == "retry":
-        return f"for ever, {retry.base_delay:g} to {retry.max_delay:g} s apart"
+        return f"for ever, {retry.base_delay:g} to {retry.longest_delay:g} s apart"
     if retry.attempts == 1:
         return "no retry"
-    return f"{retry.attempts} attempts, {retry.base_delay:g} to {retry.max_delay:g} s apart"
+    return f"{retry.attempts} attempts, {retry.base_delay:g} to {retry.longest_delay:g} s apart"
 
 
 def _guarantees(app: App, definition: ConsumerDef, view: ConsumerView) -> dict[str, str]:
@@ -191,13 +200,12 @@ def _value(name: str, value: Any, definition: ConsumerDef, group: str) -> str:
     if name == "group":
         return group
     if name == "retry":
-        return (
-            f"{value.attempts} attempts, {value.base_delay:g} s × {value.multiplier:g}, at most {value.max_delay:g} s"
-        )
+        growing = f"{value.base_delay:g} s × {value.multiplier:g}, at most {value.longest_delay:g} s"
+        return f"{value.attempts} attempts, {growing}"
     if name == "payload":
-        return _type_name(getattr(definition, "payload_type", value))
-    if name in ("middleware", "gates"):
-        return ", ".join(getattr(one, "__name__", type(one).__name__) for one in value) or "none"
+        return _type_name(definition.payload_type)
+    if name in ("middleware", "batch_middleware", "acknowledgers", "gates"):
+        return ", ".join(map(name_of, value)) or "none"
     if name == "batchers":
         return ", ".join(definition.batchers) or "none"
     return str(value)
@@ -208,6 +216,16 @@ def _origin(name: str, option: Resolved) -> str:
     if option.origin == "default" and option.value is None:
         return {"group": "app", "name": "handler", "payload": "handler"}.get(name, "default")
     return option.origin
+
+
+def _names(*middlewares: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(name_of(one) for some in middlewares for one in some)
+
+
+def _gate(gate: Any) -> str:
+    """A gate with its figures, where it says them; else what it is."""
+    said = repr(gate)
+    return type(gate).__name__ if " object at 0x" in said else said.removeprefix("<").removesuffix(">")
 
 
 def _type_name(kind: Any) -> str:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from .._decisions.breaker import Breaker, BreakerState
+from .._decisions.breaker import Breaker, BreakerState, Start
 from ..batch import Batch, BatchHandler
 from ..errors import DecodeError, Reject, Release, RetryLater
 from ..message import SETTLED, Handler, Message
@@ -36,17 +36,15 @@ class Circuit:
             return False
         return isinstance(error, self._on) and not (isinstance(error, RetryLater) and not error.counted)
 
-    def starts(self, message: Message[Any]) -> bool:
-        """`message` is about to start; returns whether it is the probe. Raises Release when it may not start."""
-        match self.breaker.starts(loop_time()):
-            case "pass":
-                return False
-            case "probe":
-                self._probe = message
-                self._tell()
-                return True
-            case "back":
-                raise self.refusal()
+    def starts(self, message: Message[Any]) -> Start:
+        """What becomes of a message that is about to start."""
+        start = self.breaker.starts(loop_time(), message.id)
+        if start == "probe":
+            self._probe = message
+            self._tell()
+        elif start == "gives way":
+            self.changes.tell()  # another may be asked for
+        return start
 
     def refusal(self) -> Release:
         """What a message or a batch that may not start ends with."""
@@ -62,12 +60,12 @@ class Circuit:
         if self.counts(error) and self.breaker.failed(now, _draw()):
             self._opened(error, (self.breaker.opens_at(now) or now) - now)
 
-    def probe_failed(self, error: BaseException) -> float:
-        """Open again; returns for how many seconds."""
+    def probe_failed(self, probe: Message[Any], error: BaseException) -> float | None:
+        """Open again; returns in how many seconds the probe comes again, None: its failure counts as any other."""
         self._probe = None
-        seconds = self.breaker.probe_failed(loop_time(), _draw())
+        seconds, counts = self.breaker.probe_failed(loop_time(), _draw(), probe.id)
         self._opened(error, seconds)
-        return seconds
+        return None if counts else seconds
 
     def probe_unknown(self) -> None:
         """The probe ended in a way that says nothing of what the breaker is for."""
@@ -110,13 +108,20 @@ class CircuitWatch:
         self._circuit = circuit
         self._batched = batched
         self._mine: Message[Any] | None = None  # the last probe of this pipeline
+        self._giving_way: set[Message[Any]] = set()  # not started, so that others are the probe
 
     async def message(self, message: Message[Any], call_next: Handler) -> Any:
         circuit = self._circuit
         if circuit.breaker.closed:
             return await call_next(message)
-        if circuit.starts(message):
-            self._mine = message
+        match circuit.starts(message):
+            case "probe":
+                self._mine = message
+            case "gives way":
+                self._giving_way.add(message)
+                raise Release(f"it failed as the probe of {circuit.name} before; others are tried first")
+            case "back":
+                raise circuit.refusal()
         value = await call_next(message)
         ended = not self._batched or message.state >= SETTLED  # it may have acked itself
         if ended and message.error is None and circuit.probe_in((message,)):
@@ -135,17 +140,21 @@ class CircuitWatch:
 
     def failed(self, messages: Sequence[Message[Any]]) -> Mapping[Message[Any], RetryLater]:
         circuit = self._circuit
+        way = self._giving_way.intersection(messages)
+        self._giving_way -= way
+        uncounted = {one: RetryLater(circuit.breaker.way, counted=False) for one in way}
         probe = circuit.probe_in(messages)
         if probe is None:
             for error in {id(one.error): one.error for one in messages}.values():  # a failed batch has one for all
                 if error is not None:
                     circuit.failed(error)
-            return {}
-        if probe.error is None or not circuit.counts(probe.error):
+        elif probe.error is None or not circuit.counts(probe.error):
             circuit.probe_unknown()
-            return {}
-        seconds = circuit.probe_failed(probe.error)
-        return {probe: RetryLater(seconds, f"{circuit.name}: the probe failed", counted=False)}
+        else:
+            seconds = circuit.probe_failed(probe, probe.error)
+            if seconds is not None:
+                uncounted[probe] = RetryLater(seconds, f"{circuit.name}: the probe failed", counted=False)
+        return uncounted
 
     def gone(self, messages: Collection[Message[Any]]) -> None:
         if self._mine is not None and self._mine in messages and self._circuit.probe_in((self._mine,)):

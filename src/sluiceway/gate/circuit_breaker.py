@@ -12,6 +12,7 @@ from ..retry import Retry
 from .circuit import Circuit, CircuitWatch
 from .contract import loop_time
 
+UNNAMED = "circuit breaker"
 JITTER = 0.2  # of each time that it is open, so that many processes do not try again together
 
 
@@ -27,6 +28,8 @@ class CircuitBreaker:
     - After `reset_after` seconds it is half-open: one message is asked for, the probe. When it succeeds the breaker
       closes. When it fails, that is not counted as an attempt and tried again later, and the breaker opens again, twice
       as long each time up to `max_reset_after`. 80 % to 100 % of each time is drawn at random.
+    - Next time a message that has not been the probe comes first. Every third failed probe of one message counts as an
+      attempt, so that one which itself makes the dependency fail does not keep the breaker open for ever.
 
     `on` are the exception types that count; name those that speak of the dependency, and not of one bad message.
     Reject, Release, DecodeError and `RetryLater(counted=False)` never do. A probe that ends by those, or by another
@@ -39,7 +42,7 @@ class CircuitBreaker:
 
     def __init__(
         self,
-        name: str = "circuit breaker",
+        name: str = UNNAMED,
         *,
         failures: int = 5,
         within: float = 10.0,
@@ -59,6 +62,8 @@ class CircuitBreaker:
         backoff = Retry(base_delay=reset_after, max_delay=max_reset_after, jitter=JITTER)
         self.name = name
         self._on_state = on_state
+        opens = f"{failures} failures in {within:g} s"
+        self._rule = f"{opens} open it, for {reset_after:g} to {max_reset_after:g} s"
         self._circuit = Circuit(name, Breaker(failures, within, backoff), types, self._changed)
 
     @property
@@ -95,8 +100,12 @@ class CircuitBreaker:
         if self._on_state is not None:
             self._on_state(self)
 
+    def __str__(self) -> str:
+        which = "" if self.name == UNNAMED else f" {self.name!r}"
+        return f"{UNNAMED}{which} is {self.state}"
+
     def __repr__(self) -> str:
-        return f"<CircuitBreaker {self.name!r}, {self.state}>"
+        return f"<CircuitBreaker {self.name!r}, {self.state}: {self._rule}>"
 
 
 def _check(name: str, option: str, value: Any, allowed: bool, what: str) -> None:

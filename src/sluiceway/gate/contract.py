@@ -24,6 +24,8 @@ class Gate(Protocol):
     taken off the answer; so a gate only says how many there may be, and never lets the same one through twice. A gate
     that opens or closes by itself calls what `on_change` gave it.
 
+    While it is closed, the status of its pipelines shows `str(gate)`; without a `__str__`, the name of its type.
+
     One that must see how messages end has a method `watch` too; see Watcher.
     """
 

@@ -41,3 +41,6 @@ class Pause:
 
     def on_change(self, call: Callable[[], None]) -> None:
         self._changes.add(call)
+
+    def __str__(self) -> str:
+        return f"{'closed' if self.closed else 'open'} by hand"

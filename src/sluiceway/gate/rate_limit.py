@@ -94,8 +94,12 @@ class RateLimit:
     def on_change(self, call: Callable[[], None]) -> None:
         self._changes.add(call)
 
+    def __str__(self) -> str:
+        return f"rate limit of {self.messages} in {self.seconds:g} s"
+
     def __repr__(self) -> str:
-        return f"<RateLimit of {self.messages} in {self.seconds:g} s>"
+        burst = "" if self.burst == self.messages else f", {self.burst} at once"
+        return f"<RateLimit of {self.messages} in {self.seconds:g} s{burst}>"
 
 
 def _limit(messages: Any, seconds: Any, burst: Any) -> Limit:

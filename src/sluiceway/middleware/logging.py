@@ -16,15 +16,15 @@ from ._ends import End, end_of
 class Logging:
     """Logs each message once, when the rest of the chain is done with it.
 
-    `level` is a number or a name of the standard library's; `logger` is a name or a Logger. The record has the fields
-    consumer, topic, message_id, attempt, seconds and outcome: handled, failed, rejected, retry_later, released or
-    cancelled. It never has the payload, and of a failure no text: the pipeline logs each failure with its traceback and
-    what happens next. Raises OptionError for a level that there is not.
+    `level` is a number or a name of the standard library's, in capitals or not; `logger` is a name or a Logger. The
+    record has the fields consumer, topic, message_id, attempt, seconds and outcome: handled, failed, rejected,
+    retry_later, released or cancelled. It never has the payload, and of a failure no text: the pipeline logs each
+    failure with its traceback and what happens next. Raises OptionError for a level that there is not.
     """
 
     def __init__(self, level: int | str = logging.INFO, *, logger: logging.Logger | str = "sluiceway.messages") -> None:
         known = logging.getLevelNamesMapping()
-        number = known.get(level) if isinstance(level, str) else level
+        number = known.get(level.upper()) if isinstance(level, str) else level
         if not isinstance(number, int) or isinstance(number, bool):
             raise OptionError(f"Logging: level must be a number or one of {', '.join(known)}; got {level!r}")
         self.level = number

@@ -62,6 +62,8 @@ class Metrics:
         namespace: str = "sluiceway",
         buckets: Sequence[float] = BUCKETS,
     ) -> None:
+        if not callable(getattr(registry, "register", None)):
+            raise OptionError(f"Metrics: registry must be a CollectorRegistry; got {registry!r}")
         bounds = [float(bound) for bound in buckets if bound != inf]
         if not bounds or bounds != sorted(set(bounds)):
             raise OptionError(f"Metrics: buckets must be seconds, ascending; got {buckets!r}")
@@ -150,13 +152,15 @@ class _Calls:
             recent = self.recent.copy()
             del self.recent[: len(recent)]  # what is noted meanwhile stays; `append` of this very list is in use
             self.seconds += sum(recent)
-            recent.sort()
+            first = self._bounds[0]
+            longer = [] if max(recent, default=0.0) <= first else sorted(one for one in recent if one > first)
+            self.counts[0] += len(recent) - len(longer)
             before = 0
             for number, bound in enumerate(self._bounds):
-                upto = bisect_right(recent, bound)
+                upto = bisect_right(longer, bound)
                 self.counts[number] += upto - before
                 before = upto
-            self.counts[-1] += len(recent) - before
+            self.counts[-1] += len(longer) - before
 
     def ended(self, bounds: list[float], seconds: float, error: BaseException | None) -> None:
         with self._lock:

@@ -179,10 +179,10 @@ class Harness:
 
     async def _live(self) -> None:
         try:
-            async with self.app.running(*self._names) as manager:
+            async with self.app.running(*self._names):
                 if not self._killed.is_set():  # it may die while it starts
                     self._started.set()
-                await manager.until(self._stop)
+                await self._stop.wait()
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # an exit, raised in a task, would end the test's loop and not the test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import OptionError
 from .store import Claim
 
 try:
@@ -42,10 +43,13 @@ class RedisStore:
     """Keeps keys in Redis, each under `prefix`, for as many processes and machines as reach it.
 
     `redis` is a URL or a redis.asyncio client, which must not decode responses; a client of yours stays open at
-    `aclose`. What Redis forgets in a crash, by its settings for persistence and eviction, is handled again.
+    `aclose`. What Redis forgets in a crash, by its settings for persistence and eviction, is handled again. Raises
+    OptionError for what is neither.
     """
 
     def __init__(self, redis: str | Redis = "redis://localhost", *, prefix: str = "sluiceway:idempotency:") -> None:
+        if not (isinstance(redis, str) or callable(getattr(redis, "register_script", None))):
+            raise OptionError(f"RedisStore: redis must be a URL or a redis.asyncio.Redis; got {redis!r}")
         self._own = isinstance(redis, str)
         client: Any = Redis.from_url(redis) if isinstance(redis, str) else redis
         self._client = client

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 
 import apsw
 
+from ...errors import OptionError
+from .._checks import is_seconds
 from .store import Claim
 
 SWEEP = 60.0  # seconds between two looks for keys that have run out
@@ -35,16 +38,28 @@ _RELEASE = "DELETE FROM idempotency WHERE key = :key AND token = :token AND resu
 _FORGET = "DELETE FROM idempotency WHERE key IN (SELECT key FROM idempotency WHERE expires <= :now LIMIT :count)"
 
 
+def _named(path: Any) -> str:
+    with contextlib.suppress(TypeError):
+        name = os.fspath(path)
+        if isinstance(name, str) and name:  # with no name SQLite would open a file that it deletes at the end
+            return name
+    raise OptionError(f"SQLiteStore: path must name a file, like 'idempotency.db'; got {path!r}")
+
+
 class SQLiteStore:
     """Keeps keys in the SQLite file `path`, which any number of processes of one machine may share.
 
     The file is its own: not the broker's. It is opened at the first call and used from one thread. `busy_timeout` is
     how many seconds a call waits for another process's write. What was written survives the death of a process; a power
     failure may undo the last moments. Keys that have run out are forgotten, a thousand a minute at most.
+
+    Raises OptionError for what is no path or no time.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "idempotency.db", *, busy_timeout: float = 10.0) -> None:
-        self.path = os.fspath(path)
+        if not is_seconds(busy_timeout):
+            raise OptionError(f"SQLiteStore: busy_timeout must be seconds, more than 0; got {busy_timeout!r}")
+        self.path = _named(path)
         self._busy_timeout = busy_timeout
         self._connection: apsw.Connection | None = None
         self._thread: ThreadPoolExecutor | None = None

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, ClassVar
 
-from ..._decisions.topics import check_topic
+from ..._decisions.topics import check_topic, is_dead_letter_topic
 from ...errors import OptionError, TransportError
 from ...message import Message, Outgoing, Refused, Settlement, Stored
 from ...source import Backlog, Renewer, SourceStatus, Subscription
@@ -113,6 +113,11 @@ class MemoryTransport:
             yield Stored(
                 str(place_of(entry)), entry[TOPIC], entry[BODY], entry[ID], entry[KEY], entry[HEADERS], entry[TIMESTAMP]
             )
+
+    async def dead_letter_topics(self) -> Sequence[str]:
+        """The dead-letter topics that have messages at rest; sorted."""
+        self._bind()
+        return sorted(filter(is_dead_letter_topic, self._broker.topics_at_rest()))
 
     async def remove(self, stored: Sequence[Stored]) -> None:
         """Delete messages for every group. What a source holds by now is left to it."""

@@ -269,17 +269,17 @@ class Broker:
     def ack(self, hold: Hold, messages: Sequence[Message[object]]) -> list[Refused]:
         """End deliveries as successes. Returns those that this source had lost."""
         held = hold.held
-        keyed = any(queue.keyed for queue in hold.queues)
+        if any(queue.keyed for queue in hold.queues):
+            self._leave(hold, [held[one.token] for one in messages if one.token in held])
         refused: list[Refused] = []
-        for message in messages:
-            token = message.token
+        left = iter(messages)
+        while True:  # once more for each that is lost, so that no other costs a `try`
             try:
-                if keyed:
-                    self._leave(hold, (held[token],))
-                del held[token]
+                for message in left:
+                    del held[message.token]
+                return refused
             except KeyError:
                 refused.append(lost(message))
-        return refused
 
     def end(self, hold: Hold, one: Settlement, now: float) -> Refused | None:
         """End one delivery and publish its outputs, both or neither."""
@@ -395,16 +395,19 @@ class Broker:
 
     def browse(self, topic: str, after: int) -> list[Entry]:
         """What is at rest in a topic behind a place, oldest first; what a source holds is not."""
-        found = {
-            place_of(entry): entry
-            for entry in chain(
-                chain.from_iterable(self._at_rest(group) for group in self.groups.values()),
-                chain.from_iterable(entries for (_, name), entries in self._unclaimed.items() if name == topic),
-                (item[2] for item in self._delayed if not item[4]),
-            )
-            if entry[TOPIC] == topic and place_of(entry) > after
-        }
-        return [found[place] for place in sorted(found)]
+        found = {place_of(entry): entry for entry in self._resting() if entry[TOPIC] == topic}
+        return [found[place] for place in sorted(found) if place > after]
+
+    def topics_at_rest(self) -> set[str]:
+        """The topics of what no source holds."""
+        return {entry[TOPIC] for entry in self._resting()}
+
+    def _resting(self) -> Iterator[Entry]:
+        return chain(
+            chain.from_iterable(self._at_rest(group) for group in self.groups.values()),
+            chain.from_iterable(self._unclaimed.values()),
+            (item[2] for item in self._delayed if not item[4]),
+        )
 
     def remove(self, places: Collection[int]) -> None:
         """Delete what is at rest in these places, for every group."""

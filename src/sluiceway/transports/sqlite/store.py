@@ -12,7 +12,7 @@ from typing import Any
 import apsw
 
 from ..._decisions.suspicion import is_suspect, suspicions_now
-from ..._decisions.topics import check_topic
+from ..._decisions.topics import check_topic, is_dead_letter_topic, is_pattern
 from ...errors import OptionError
 from ...message import NO_HEADERS, Message, Outgoing, Refused, Settlement, Stored
 from ...source import Backlog
@@ -306,6 +306,13 @@ class Store:
         if self.routing.is_wanted(topic):
             sql += f" UNION ALL SELECT {STORED} FROM queue WHERE +queue_id <> 0 AND topic = ?1 AND seq > ?2"
         return [stored(*row) for row in self.execute(f"{sql} ORDER BY seq LIMIT ?3", (topic, after, limit)).fetchall()]
+
+    def dead_letter_topics(self) -> list[str]:
+        """Those of unassigned messages, which have an index, and those that a group reads."""
+        unassigned = "SELECT DISTINCT topic FROM queue WHERE queue_id = 0"
+        read = "SELECT pattern FROM queues"
+        found = {topic for (topic,) in self.execute(f"{unassigned} UNION {read}")}
+        return sorted(topic for topic in found if is_dead_letter_topic(topic) and not is_pattern(topic))
 
     def remove(self, seqs: Iterable[int]) -> None:
         """Delete rows, except what a consumer has in hand."""

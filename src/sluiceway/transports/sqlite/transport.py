@@ -189,6 +189,11 @@ class SQLiteTransport:
         )
         return page
 
+    async def dead_letter_topics(self) -> Sequence[str]:
+        """The dead-letter topics that have messages at rest, or a group that reads them; sorted."""
+        found: list[str] = await self._run("list topics", lambda store: store.dead_letter_topics(), reads=True)
+        return found
+
     async def remove(self, stored: Sequence[Stored]) -> None:
         """Delete messages that `browse` showed, except what a consumer has in hand. One that is gone is no error."""
         seqs = [_position(one.position) for one in stored]

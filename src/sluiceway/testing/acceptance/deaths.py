@@ -1,4 +1,4 @@
-"""The contract of what happens when a source ends: in good order, by a lost lease, by the death of its process."""
+"""What happens when a source ends: in good order, by a lost lease, by the death of its process."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import asyncio
 
 import pytest
 
-from sluiceway.message import Outgoing, Settlement
-from tests.transports.kit import MOMENT, Kit, bodies, numbered, waiting
-
-pytestmark = pytest.mark.virtual_time
-
+from ...message import Outgoing, Settlement
+from .guarantees import guarantee
+from .kit import Kit, bodies, numbered
 
 # -- in good order -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("release")
+@guarantee("G5", needs="release")
 async def test_closing_gives_back_what_is_unsettled_uncounted_and_in_its_place(kit: Kit) -> None:
     source = await kit.open("t")
     await kit.publish("t", *numbered(5))
@@ -24,29 +22,31 @@ async def test_closing_gives_back_what_is_unsettled_uncounted_and_in_its_place(k
     await source.aclose()
     await source.aclose()
     again = await kit.get(await kit.open("t"), 4)
-    assert bodies(again) == [b"0", b"2", b"3", b"4"]
+    assert kit.ordered(again) == [b"0", b"2", b"3", b"4"]
     assert all((one.attempt, one.deliveries, one.suspect) == (1, 1, False) for one in again)
 
 
+@guarantee("G5")
 async def test_closing_wakes_those_that_wait_for_what_it_gives_back(kit: Kit) -> None:
     source, other = await kit.open("t"), await kit.open("t")
     await kit.publish("t", b"a")
     await kit.one(source)
-    call = await waiting(other)
+    call = await kit.waiting(other)
     await source.aclose()
-    assert bodies(await asyncio.wait_for(call, 5)) == [b"a"]
+    assert bodies(await kit.end(call)) == [b"a"]
 
 
+@guarantee("G5")
 async def test_what_is_kept_at_closing_is_not_handed_out_again(kit: Kit) -> None:
     source, other = await kit.open("t"), await kit.open("t")
     await kit.publish("t", *numbered(3))
     messages = await kit.get(source, 3)
     await source.aclose(keep=[messages[1]])
-    assert bodies(await kit.get(other, 2)) == [b"0", b"2"]
+    assert kit.ordered(await kit.get(other, 2)) == [b"0", b"2"]
     await kit.nothing(other)
 
 
-@pytest.mark.needs("lease")
+@guarantee("G10", needs="lease")
 async def test_what_is_kept_at_closing_comes_back_as_a_suspect_when_its_lease_ends(kit: Kit) -> None:
     source, other = await kit.open("t"), await kit.open("t")
     await kit.publish("t", b"a")
@@ -59,7 +59,7 @@ async def test_what_is_kept_at_closing_comes_back_as_a_suspect_when_its_lease_en
 # -- a lost lease ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("lease")
+@guarantee("G10", needs="lease")
 async def test_a_delivery_comes_back_when_its_lease_ends(kit: Kit) -> None:
     source, other = await kit.open("t"), await kit.open("t")
     await kit.publish("t", *numbered(3))
@@ -67,30 +67,29 @@ async def test_a_delivery_comes_back_when_its_lease_ends(kit: Kit) -> None:
     await source.settle(messages[:1], [])
     await kit.broker.expire(source)
     again = await kit.get(other, 2)
-    assert bodies(again) == [b"1", b"2"]
+    assert kit.ordered(again) == [b"1", b"2"]
     assert all(one.suspect for one in again)
 
 
-@pytest.mark.needs("lease")
+@guarantee("G10", needs="lease")
 async def test_settling_a_lost_delivery_is_refused_and_changes_nothing(kit: Kit) -> None:
-    source, other = await kit.open("t"), await kit.open("t")
+    source, other, outputs = await kit.open("t"), await kit.open("t"), await kit.open("out")
     await kit.publish("t", *numbered(4))
     messages = await kit.get(source, 4)
     await kit.broker.expire(source)
     again = await kit.get(other, 4)
-    out = (Outgoing("out", b"x"),)
     others = [
         Settlement(messages[1], "retry"),
         Settlement(messages[2], "release"),
-        Settlement(messages[3], "ack", outputs=out),
+        Settlement(messages[3], "ack", outputs=(Outgoing("out", b"x"),)),
     ]
     refused = await source.settle(messages[:1], others)
     assert {(one.message.body, one.kind) for one in refused} == {(body, "lost") for body in numbered(4)}
-    await kit.nothing(source, await kit.open("out"))
+    await kit.nothing(source, outputs)
     assert not await other.settle(again, [])
 
 
-@pytest.mark.needs("lease")
+@guarantee("G10", needs="lease")
 async def test_what_a_source_received_before_it_lost_it_settles_nothing_that_it_received_since(kit: Kit) -> None:
     source = await kit.open("t")
     await kit.publish("t", b"a")
@@ -101,7 +100,7 @@ async def test_what_a_source_received_before_it_lost_it_settles_nothing_that_it_
     assert not await source.settle([fresh], [])
 
 
-@pytest.mark.needs("lease")
+@guarantee("G10", needs="lease")
 async def test_a_source_that_lost_some_still_settles_the_others(kit: Kit) -> None:
     source = await kit.open("t")
     await kit.publish("t", b"lost")
@@ -117,11 +116,11 @@ async def test_a_source_that_lost_some_still_settles_the_others(kit: Kit) -> Non
     assert taken.body == b"lost"
 
 
-@pytest.mark.needs("lease")
+@guarantee("G10", needs="lease")
 async def test_a_lease_that_is_renewed_does_not_end(kit: Kit) -> None:
     source, other = await kit.open("t"), await kit.open("t")
     if source.renewer is None or source.lease is None:
-        pytest.skip("the source keeps its own leases")
+        pytest.skip("n/a: the source keeps its own leases")
     await kit.publish("t", *numbered(2))
     messages = await kit.get(source, 2)
     renewer = await asyncio.to_thread(source.renewer)
@@ -132,11 +131,11 @@ async def test_a_lease_that_is_renewed_does_not_end(kit: Kit) -> None:
     assert not await source.settle(messages, [])
 
 
-@pytest.mark.needs("lease")
+@guarantee("G10", needs="lease")
 async def test_a_renewal_says_which_leases_are_lost(kit: Kit) -> None:
     source, other = await kit.open("t"), await kit.open("t")
     if source.renewer is None:
-        pytest.skip("the source keeps its own leases")
+        pytest.skip("n/a: the source keeps its own leases")
     await kit.publish("t", b"a")
     message = await kit.one(source)
     await kit.broker.expire(source)
@@ -149,7 +148,9 @@ async def test_a_renewal_says_which_leases_are_lost(kit: Kit) -> None:
 # -- the death of a process --------------------------------------------------------------------------------------
 
 
+@guarantee("G6", "G7")
 async def test_what_a_dead_process_held_comes_back_as_suspects_and_nothing_else_does(kit: Kit) -> None:
+    await kit.make("t")
     await kit.publish("t", *numbered(5))
     await kit.broker.die_holding("t", "g", 3)
     messages = await kit.get(await kit.open("t"), 5)
@@ -158,7 +159,9 @@ async def test_what_a_dead_process_held_comes_back_as_suspects_and_nothing_else_
     assert all(one.attempt == 1 for one in messages)
 
 
+@guarantee("G7")
 async def test_a_suspicion_written_counts_as_an_attempt_and_ends_with_a_retry(kit: Kit) -> None:
+    await kit.make("t")
     await kit.publish("t", b"a")
     await kit.broker.die_holding("t", "g", 1)
     source = await kit.open("t")
@@ -172,7 +175,9 @@ async def test_a_suspicion_written_counts_as_an_attempt_and_ends_with_a_retry(ki
 
 
 @pytest.mark.parametrize("counted", [True, False])
+@guarantee("G7")
 async def test_a_suspect_whose_handler_ended_is_no_suspect_any_more(kit: Kit, counted: bool) -> None:
+    await kit.make("t")
     await kit.publish("t", b"a")
     await kit.broker.die_holding("t", "g", 1)
     source = await kit.open("t")
@@ -183,7 +188,9 @@ async def test_a_suspect_whose_handler_ended_is_no_suspect_any_more(kit: Kit, co
 
 
 @pytest.mark.parametrize("deaths", [1, 2, 3])
+@guarantee("G7")
 async def test_the_deaths_that_had_a_message_in_hand_are_two_suspicions_at_most(kit: Kit, deaths: int) -> None:
+    await kit.make("t")
     await kit.publish("t", b"a")
     for _ in range(deaths):
         await kit.broker.die_holding("t", "g", 1)
@@ -196,7 +203,9 @@ async def test_the_deaths_that_had_a_message_in_hand_are_two_suspicions_at_most(
     assert not (await kit.one(source)).suspect
 
 
+@guarantee("G7")
 async def test_a_suspicion_is_written_durably(kit: Kit) -> None:
+    await kit.make("t")
     await kit.publish("t", b"a")
     await kit.broker.die_holding("t", "g", 1)
     source = await kit.open("t")
@@ -206,8 +215,9 @@ async def test_a_suspicion_is_written_durably(kit: Kit) -> None:
     assert (message.attempt, message.suspicions, message.suspect) == (2, 1, False)
 
 
-@pytest.mark.needs("release")
+@guarantee("G7", needs="release")
 async def test_a_suspect_that_is_released_is_a_suspect_again(kit: Kit) -> None:
+    await kit.make("t")
     await kit.publish("t", b"a")
     await kit.broker.die_holding("t", "g", 1)
     source = await kit.open("t")
@@ -217,8 +227,9 @@ async def test_a_suspect_that_is_released_is_a_suspect_again(kit: Kit) -> None:
         await source.settle([], [Settlement(message, "release")])
 
 
-@pytest.mark.needs("release", "delay")
+@guarantee("G7", needs=("release", "delay"))
 async def test_a_suspect_that_is_released_for_a_while_keeps_its_suspicions(kit: Kit) -> None:
+    await kit.make("t")
     await kit.publish("t", b"a")
     await kit.broker.die_holding("t", "g", 1)
     source = await kit.open("t")
@@ -229,10 +240,12 @@ async def test_a_suspect_that_is_released_for_a_while_keeps_its_suspicions(kit: 
     for _ in range(2):
         message = await kit.one(source)
         assert (message.attempt, message.suspicions, message.suspect) == (2, 1, True)
-        await source.settle([], [Settlement(message, "release", delay=MOMENT)])
+        await source.settle([], [Settlement(message, "release", delay=kit.step)])
 
 
+@guarantee("G7")
 async def test_a_message_whose_every_process_dies_is_at_its_next_attempt_each_time(kit: Kit) -> None:
+    await kit.make("t")
     await kit.publish("t", b"a")
     for attempt in (1, 2, 3):
         await kit.broker.die_holding("t", "g", 1)
@@ -245,7 +258,7 @@ async def test_a_message_whose_every_process_dies_is_at_its_next_attempt_each_ti
         await source.aclose()
 
 
-@pytest.mark.needs("lease")
+@guarantee("G7", needs="lease")
 async def test_a_suspicion_against_a_lost_delivery_is_not_written(kit: Kit) -> None:
     source, other = await kit.open("t"), await kit.open("t")
     await kit.publish("t", b"a")
@@ -257,9 +270,10 @@ async def test_a_suspicion_against_a_lost_delivery_is_not_written(kit: Kit) -> N
     assert (await kit.one(other)).suspicions == 0
 
 
+@guarantee("G8")
 async def test_failures_before_the_death_are_kept(kit: Kit) -> None:
-    await kit.publish("t", b"a")
     source = await kit.open("t")
+    await kit.publish("t", b"a")
     await source.settle([], [Settlement(await kit.one(source), "retry")])
     await source.aclose()
     await kit.broker.die_holding("t", "g", 1)

@@ -1,0 +1,278 @@
+"""The connection: one for all of a transport. It comes back by itself, and asks many questions in one write."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nats.errors import AuthorizationError
+
+from ..._decisions.backoff import reconnect_delay
+from ...errors import ConnectError, TransportError
+from .settings import Settings
+from .wire import Frame, WireClient
+
+log = logging.getLogger("sluiceway.nats")
+
+TIMEOUT = 10.0  # seconds for a server to answer
+OLDEST = (2, 9)
+_PIPELINE, _PIPELINE_BYTES = 1000, 4 * 1024 * 1024  # asked at once and not answered, at most
+
+Request = tuple[str, bytes, bytes]
+"""Subject, header block (empty for none) and body."""
+
+
+class Unanswered(TransportError):
+    """The connection broke, or the server kept silent. `answers` has None where none came."""
+
+    def __init__(self, text: str, answers: list[Frame | None]) -> None:
+        super().__init__(text)
+        self.answers = answers
+
+
+class ApiError(TransportError):
+    """JetStream said no: `code` as in HTTP, `number` is its own."""
+
+    def __init__(self, what: str, error: dict[str, Any]) -> None:
+        self.code, self.number = int(error.get("code", 500)), int(error.get("err_code", 0))
+        super().__init__(f"{what}: {error.get('description', 'no reason given')} (error {self.number or self.code})")
+
+
+class _Call:
+    def __init__(self, first: int, count: int) -> None:
+        self.first = first
+        self.answers: list[Frame | None] = [None] * count
+        self.missing = count
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class Connection:
+    """To one of the servers. `on_change` of each listener is called when it is lost and when it is back."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.up = asyncio.Event()
+        self._down = asyncio.Event()
+        self.error: str | None = None
+        self.handlers: dict[bytes, Callable[[list[Frame]], None]] = {}
+        self.listeners: set[Callable[[], None]] = set()
+        self.inbox = ""
+        self._servers = settings.servers
+        self._client: WireClient | None = None
+        self._calls: dict[int, _Call] = {}
+        self._asked = 0
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Connect. Raises ConnectError that says what to do."""
+        await self._connect()
+        self._keeper = asyncio.create_task(self._keep())
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes that a message may have with its headers."""
+        return self._client.max_payload if self._client is not None else 1024 * 1024
+
+    async def ready(self, seconds: float) -> None:
+        """Return when it is up. Raises TransportError when it is not in so many seconds."""
+        if not self.up.is_set():
+            try:
+                await asyncio.wait_for(self.up.wait(), seconds)
+            except TimeoutError:
+                raise TransportError(f"there is no connection to NATS at {self.settings.where()}: {self.error}") from None
+
+    def write(self, data: bytes) -> None:
+        """Send, if the connection is up."""
+        if self._client is not None and self.up.is_set():
+            self._client.write(data)
+
+    async def settled(self) -> None:
+        """Return when the server has done all that was written, and what it sent before has arrived."""
+        if self._client is not None and self.up.is_set():
+            try:
+                await self._client.flush(5)
+            except Exception as error:  # the connection broke: nothing more arrives
+                log.debug("flush: %s", error)
+
+    async def ask(self, requests: Sequence[Request], *, before: bytes = b"", timeout: float = TIMEOUT) -> list[Frame]:
+        """All answers, in order; the questions go out in as few writes as can be, behind `before`, which asks nothing.
+        Raises Unanswered."""
+        answers: list[Frame | None] = []
+        at = 0
+        try:
+            while at < len(requests):
+                size, end = 0, at
+                while end < len(requests) and end - at < _PIPELINE and size < _PIPELINE_BYTES:
+                    size += len(requests[end][2])
+                    end += 1
+                answers += await self._ask(requests[at:end], before, timeout)
+                at, before = end, b""
+        except Unanswered as error:
+            answers += error.answers
+            raise Unanswered(str(error), [*answers, *[None] * (len(requests) - len(answers))]) from None
+        return answers  # type: ignore[return-value]  # none is missing
+
+    async def _ask(self, requests: Sequence[Request], before: bytes, timeout: float) -> list[Frame | None]:
+        if not self.up.is_set():
+            raise Unanswered(f"there is no connection to NATS: {self.error}", [])
+        call = _Call(self._asked, len(requests))
+        self._asked += len(requests)
+        lines = [before]
+        for number, (subject, header, body) in enumerate(requests, call.first):
+            self._calls[number] = call
+            if header:
+                sizes = f"{len(header)} {len(header) + len(body)}"
+                lines.append(f"HPUB {subject} {self.inbox}.r.{number} {sizes}\r\n".encode())
+            else:
+                lines.append(f"PUB {subject} {self.inbox}.r.{number} {len(body)}\r\n".encode())
+            lines.append(header + body + b"\r\n")
+        try:
+            self.write(b"".join(lines))
+            await asyncio.wait_for(call.done, timeout)
+        except TimeoutError:
+            text = f"NATS did not answer {call.missing} of {len(requests)} requests in {timeout:g} s"
+            raise Unanswered(text, call.answers) from None
+        finally:
+            for number in range(call.first, call.first + len(requests)):
+                self._calls.pop(number, None)
+        return call.answers
+
+    async def api(self, subject: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One question to the JetStream API. Raises ApiError."""
+        (answer,) = await self.ask([(f"$JS.API.{subject}", b"", json.dumps(body or {}).encode())])
+        return read_answer(answer, subject)
+
+    # -- coming and going
+
+    async def _connect(self) -> None:
+        errors: list[Exception] = []
+
+        async def on_error(error: Exception) -> None:
+            errors.append(error)
+            log.debug("nats: %s", error)
+
+        async def on_closed() -> None:
+            self._lost(str(client.last_error or (errors[-1] if errors else "the server closed the connection")))
+
+        client = WireClient(self._on_frames, must_encrypt=self.settings.encrypted)
+        options = self.settings.connect_options()
+        try:
+            await client.connect(**options, error_cb=on_error, closed_cb=on_closed, name="sluiceway")
+        except Exception as error:
+            await client.close()
+            raise self._explained(errors[-1] if errors else error) from error
+        self.inbox = client.new_inbox()
+        self._client = client
+        self.handlers = {b"r": self._on_answers}
+        self._down.clear()
+        self.up.set()
+        self.write(f"SUB {self.inbox}.r.* r\r\n".encode())
+        try:
+            await self._check(client)
+        except BaseException:
+            self.up.clear()
+            await client.close()
+            raise
+        self.error = None
+
+    async def _check(self, client: WireClient) -> None:
+        version = client.connected_server_version
+        if (version.major, version.minor) < OLDEST:
+            raise ConnectError(f"the NATS server at {self.settings.where()} is {version!r}; 2.9 or newer is needed")
+        try:
+            await self.api("INFO")
+        except TransportError as error:
+            raise ConnectError(
+                f"NATS at {self.settings.where()} has no JetStream for this account ({error}); start the server with"
+                " -js, or enable it for the account"
+            ) from error
+
+    def _explained(self, error: BaseException) -> ConnectError:
+        where = self.settings.where()
+        text = str(error) or type(error).__name__
+        if isinstance(error, AuthorizationError) or "uthorization" in text:
+            return ConnectError(f"NATS at {where} refused the credentials; check user and password, token or key file")
+        if isinstance(error, ssl.SSLError):
+            return ConnectError(f"TLS with NATS at {where} failed: {text}; check ca, certificate and server_name")
+        if "offers no TLS" in text:
+            return ConnectError(f"NATS at {where} offers no TLS; use nats:// without ca and certificate, or turn TLS on")
+        return ConnectError(f"cannot reach NATS at {where}: {text}; is the server running there?")
+
+    def _lost(self, why: str) -> None:
+        if self.up.is_set():
+            self.up.clear()
+            self._down.set()
+            self.error = why
+            for call in {id(call): call for call in self._calls.values()}.values():
+                if not call.done.done():
+                    call.done.set_exception(Unanswered(f"the connection to NATS was lost: {why}", call.answers))
+            self._tell()
+
+    def _tell(self) -> None:
+        for listener in list(self.listeners):
+            listener()
+
+    async def _keep(self) -> None:
+        tries = 0
+        while True:
+            await self._down.wait()
+            delay = reconnect_delay(tries, random.random())
+            log.warning("the connection to NATS is lost: %s; trying again in %.2f s", self.error, delay)
+            await asyncio.sleep(delay)
+            tries += 1
+            try:
+                await self._connect()
+            except TransportError as error:
+                self.error = str(error)
+            else:
+                tries = 0
+                log.warning("connected to NATS again; receiving goes on")
+                self._tell()
+
+    async def aclose(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        self.listeners.clear()
+        if self._client is not None:
+            await self.settled()
+            await self._client.close()
+        self.up.clear()
+
+    # -- what arrives
+
+    def _on_frames(self, found: dict[bytes, list[Frame]]) -> None:
+        for sid, frames in found.items():
+            handler = self.handlers.get(sid)
+            if handler is not None:
+                handler(frames)
+
+    def _on_answers(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            number = int(frame[0].rpartition(b".")[2])
+            call = self._calls.get(number)
+            if call is not None and call.answers[number - call.first] is None:
+                call.answers[number - call.first] = frame
+                call.missing -= 1
+                if not call.missing and not call.done.done():
+                    call.done.set_result(None)
+
+
+def status(frame: Frame) -> int:
+    """The status of an answer that is no message, such as 503 (nobody listens), else 0."""
+    return int(frame[2][9:12]) if frame[2][:9] == b"NATS/1.0 " else 0
+
+
+def read_answer(frame: Frame, what: str) -> dict[str, Any]:
+    """The JSON of an answer. Raises ApiError for one that says no."""
+    if status(frame):
+        raise ApiError(what, {"code": status(frame), "description": "nobody answers: no such stream or consumer"})
+    answer: dict[str, Any] = json.loads(frame[3])
+    if "error" in answer:
+        raise ApiError(what, answer["error"])
+    return answer

@@ -1,0 +1,110 @@
+"""What goes over the wire beside a body, and what a delivery says of itself.
+
+Headers are the envelope's. One that NATS cannot carry as it is (a line break, an odd name) goes into
+`sluiceway-odd`, as JSON. `sluiceway-due` is when a delayed message may be handled, in seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import NamedTuple
+
+from msgspec import UNSET, Struct, UnsetType
+
+from ...envelope import Envelope, seal, unseal
+from ...message import NO_HEADERS, Outgoing
+
+ODD = "sluiceway-odd"
+DUE = "sluiceway-due"
+
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_OURS = re.compile(
+    rb"NATS/1\.0\r\nsluiceway-v: 1\r\nsluiceway-id: ([!-~]+)\r\nsluiceway-time: (\d{1,11}\.\d+)\r\n\r\n"
+).fullmatch  # what nearly all messages have; reading only these two takes 0.6 µs where all takes 3
+
+
+class Delivery(NamedTuple):
+    """What the subject of an ack says: which hand-over of which message of which consumer."""
+
+    stream: str
+    consumer: str
+    count: int
+    seq: int
+    stored: float
+    pending: int
+
+
+def read_delivery(reply: bytes) -> Delivery:
+    """Read `$JS.ACK.stream.consumer.…`, or with `domain.account` before the stream."""
+    words = reply.split(b".")
+    at = 2 if len(words) == 9 else 4
+    count, seq, _, stored, pending = map(int, words[at + 2 : at + 7])
+    return Delivery(words[at].decode(), words[at + 1].decode(), count, seq, stored / 1e9, pending)
+
+
+def write_headers(message: Outgoing, *, due: float | None = None, dedupe: str | None = None) -> bytes:
+    """The header block of a message. Within the stream's window a `dedupe` is stored once."""
+    plain: dict[str, str] = {}
+    odd: dict[str, str] = {}
+    for name, value in seal(message).items():
+        fits = value.isascii() and value.isprintable() and value == value.strip() and _NAME.fullmatch(name)
+        (plain if fits and name not in (ODD, DUE) else odd)[name] = value
+    if due is not None:
+        plain[DUE] = repr(due)
+    if dedupe is not None:
+        plain["Nats-Msg-Id"] = dedupe
+    if odd:
+        plain[ODD] = json.dumps(odd)
+    return "".join(["NATS/1.0\r\n", *[f"{name}: {value}\r\n" for name, value in plain.items()], "\r\n"]).encode()
+
+
+class Read(NamedTuple):
+    """The headers of a message that came in. `stranger`: the id that another client gave it."""
+
+    envelope: Envelope
+    due: float
+    stranger: str | None
+
+
+def read_headers(block: bytes) -> Read:
+    """Read a header block, whatever is in it: a line that makes no sense is left out."""
+    ours = _OURS(block)
+    if ours is not None:
+        return Read(Envelope(ours[1].decode(), None, float(ours[2])), 0.0, None)
+    if not block:
+        return Read(_NOTHING, 0.0, None)
+    headers: dict[str, str] = {}
+    for line in block.decode("utf-8", "surrogateescape").split("\r\n")[1:]:
+        name, colon, value = line.partition(":")
+        if colon:
+            headers[name.strip()] = value.strip()
+    due, odd, stranger = headers.pop(DUE, ""), headers.pop(ODD, ""), headers.get("Nats-Msg-Id")
+    headers = {name: value for name, value in headers.items() if not name.startswith("Nats-")}
+    if odd:
+        try:
+            headers.update((str(name), str(value)) for name, value in json.loads(odd).items())
+        except (ValueError, AttributeError):
+            headers[ODD] = odd
+    return Read(unseal(headers), _seconds(due), stranger)
+
+
+_NOTHING = Envelope(None, None, None, headers=NO_HEADERS)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        return 0.0
+    return seconds if 0 <= seconds < 1e11 else 0.0
+
+
+class Note(Struct, omit_defaults=True):
+    """What is written down of a message that came back. `released`: hand-overs that count nothing. `due`: not before."""
+
+    failures: int = 0
+    suspicions: int = 0
+    released: int = 0
+    due: float = 0.0
+    made: str | UnsetType = UNSET

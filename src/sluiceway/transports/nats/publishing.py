@@ -1,0 +1,95 @@
+"""Publishing: in order, confirmed by the stream, many in one write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ..._decisions.topics import check_topic
+from ...errors import PayloadTooLarge, PublishError
+from ...message import Outgoing
+from .connection import ApiError, Connection, Frame, Request, Unanswered, read_answer, status
+from .headers import write_headers
+from .streams import Streams, subject_of
+
+RESERVE = 16 * 1024  # bytes of the server's limit that are kept for headers
+
+
+class Publisher:
+    def __init__(self, connection: Connection, streams: Streams) -> None:
+        self._connection = connection
+        self._streams = streams
+
+    def requests(self, messages: Sequence[Outgoing], dedupe: str | None = None) -> list[Request]:
+        """What goes over the wire. Raises OptionError, and PayloadTooLarge for what does not fit."""
+        limit = self._connection.max_payload
+        now = time.time()
+        requests: list[Request] = []
+        large: list[Outgoing] = []
+        for number, message in enumerate(messages):
+            check_topic(message.topic, pattern=False)
+            due = now + message.delay if message.delay > 0 else None
+            header = write_headers(message, due=due, dedupe=f"{dedupe}.{number}" if dedupe else None)
+            if len(message.body) > limit - RESERVE or len(header) + len(message.body) > limit:
+                large.append(message)
+            requests.append((subject_of(message.topic), header, message.body))
+        if large:
+            one = large[0]
+            raise PayloadTooLarge(
+                f"message {one.id} to {one.topic!r} has a body of {len(one.body)} bytes; the server's max_payload is"
+                f" {limit} bytes, of which {RESERVE} are for headers; nothing of the call was published",
+                large,
+            )
+        return requests
+
+    async def publish(self, messages: Sequence[Outgoing]) -> None:
+        """Publish in order. Raises PublishError with those that are perhaps not there."""
+        requests = self.requests(messages)
+        try:
+            refused = await self.send(requests)
+        except Unanswered as error:
+            answered = [frame is not None and _refusal(frame) is None for frame in error.answers]
+            failed = [one for one, good in zip(messages, answered, strict=True) if not good]
+            raise PublishError(f"{len(failed)} of {len(messages)} messages are perhaps not published: {error}", failed) from error
+        failed = [one for one, why in zip(messages, refused, strict=True) if why is not None]
+        if failed:
+            why = next(filter(None, refused))
+            raise PublishError(f"{len(failed)} of {len(messages)} messages were not published: {why}", failed)
+
+    async def send(self, requests: Sequence[Request]) -> list[str | None]:
+        """Why each was refused, None for those that are stored. Raises Unanswered, with an answer for each."""
+        try:
+            for subject in {subject for subject, _, _ in requests}:
+                if not self._streams.knows(subject):
+                    await self._streams.cover(subject)
+        except Unanswered as error:
+            raise Unanswered(str(error), [None] * len(requests)) from error
+        answers: list[Frame | None] = list(await self._connection.ask(requests))
+        gone = [number for number, frame in enumerate(answers) if frame is not None and status(frame) == 503]
+        if gone:  # no stream has the subject any more
+            self._streams.forget()
+            again = [requests[number] for number in gone]
+            try:
+                for subject in {subject for subject, _, _ in again}:
+                    await self._streams.cover(subject)
+                frames: Sequence[Frame | None] = await self._connection.ask(again)
+            except Unanswered as error:
+                for number, frame in zip(gone, error.answers or [None] * len(gone), strict=True):
+                    answers[number] = frame
+                raise Unanswered(str(error), answers) from error
+            for number, frame in zip(gone, frames, strict=True):
+                answers[number] = frame
+        return [_refusal(frame) if frame is not None else "no answer" for frame in answers]
+
+
+def _refusal(frame: Frame) -> str | None:
+    body = frame[3]
+    if body.startswith(b'{"stream":') and b'"error"' not in body:
+        return None
+    try:
+        read_answer(frame, "the stream refused it")
+    except ApiError as error:
+        return str(error)
+    except ValueError:
+        return f"an answer that is no JSON: {body[:100]!r}"
+    return None

@@ -1,0 +1,136 @@
+"""Where the servers are and how to talk to them: options, URLs, TLS."""
+
+from __future__ import annotations
+
+import math
+import ssl
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from msgspec import Struct
+from msgspec.structs import fields
+
+from ...errors import ConnectError, OptionError
+
+_SECRET = ("password", "token")
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """The options of NATSTransport; its docstring says what they mean. Picklable. Its repr shows no secret."""
+
+    servers: tuple[str, ...] = ("127.0.0.1:4222",)
+    tls: bool = False
+    user: str | None = None
+    password: str | None = None
+    token: str | None = None
+    credentials: str | None = None
+    nkey: str | None = None
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+    server_name: str | None = None
+    stream: str = "sluiceway"
+    replicas: int = 1
+    max_age: float = 0.0
+    lease: float = 30.0
+    max_delayed: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name, allowed, what in (
+            ("servers", bool(self.servers) and all(self.servers), "one host or more"),
+            ("stream", self.stream and not set(self.stream) & set(">*. /\\\t\r\n"), "a name without any of '>*. /\\'"),
+            ("replicas", 1 <= self.replicas <= 5, "1 to 5"),
+            ("max_age", 0 <= self.max_age < math.inf, "0 (for ever) or more seconds"),
+            ("lease", 0.1 <= self.lease <= 86_400, "0.1 to 86400 seconds"),
+            ("max_delayed", self.max_delayed >= 1, "1 or more messages"),
+            ("key", self.key is None or self.certificate is not None, "given together with certificate"),
+        ):
+            if not allowed:
+                raise OptionError(f"NATSTransport: {name} must be {what}; got {getattr(self, name)!r}")
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name in ("servers", "tls", "user", "stream"))
+        return f"Settings({', '.join(shown)}, …)"
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether a server without TLS is refused."""
+        return self.tls or bool(self.ca or self.certificate)
+
+    def where(self) -> str:
+        return ", ".join(self.servers)
+
+    def connect_options(self) -> dict[str, Any]:
+        """What nats-py's `connect` takes. Raises ConnectError for files that cannot be read."""
+        options: dict[str, Any] = {
+            "servers": [f"{'tls' if self.encrypted else 'nats'}://{server}" for server in self.servers],
+            "user": self.user,
+            "password": self.password,
+            "token": self.token,
+            "user_credentials": self.credentials,
+            "nkeys_seed": self.nkey,
+            "tls_hostname": self.server_name,
+            "allow_reconnect": False,
+            "max_reconnect_attempts": 1,
+            "reconnect_time_wait": 0,
+            "connect_timeout": 5,
+            "ping_interval": 20,
+        }
+        if self.encrypted:
+            try:
+                options["tls"] = ssl.create_default_context(cafile=self.ca)
+                if self.certificate is not None:
+                    options["tls"].load_cert_chain(self.certificate, self.key)
+            except (OSError, ssl.SSLError) as error:
+                names = [name for name in (self.ca, self.certificate, self.key) if name]
+                raise ConnectError(f"cannot read the TLS files {', '.join(names) or 'of the system'}: {error}") from error
+        return options
+
+
+_NUMBERS: dict[str, Callable[[str], float]] = {"replicas": int, "max_age": float, "lease": float, "max_delayed": int}
+_URL_OPTIONS = {field.name for field in fields(Settings)} - {"servers", "tls", "user", *_SECRET}
+
+
+def from_url(url: str) -> dict[str, Any]:
+    """The options that a URL says. Raises OptionError, without the URL's secrets, for what is wrong with it."""
+    parts = urlsplit(url)
+    secret, _, hosts = parts.netloc.rpartition("@")
+    if parts.scheme not in ("nats", "tls") or not hosts or parts.path.strip("/") or parts.fragment:
+        raise OptionError(f"a NATS URL is nats://host:4222,other:4222?option=value (or tls://…); got {_safe(url)!r}")
+    options: dict[str, Any] = {"tls": parts.scheme == "tls", "servers": tuple(map(_server, hosts.split(",")))}
+    if secret:
+        user, colon, password = secret.partition(":")
+        if colon:
+            options.update(user=unquote(user), password=unquote(password))
+        else:
+            options["token"] = unquote(user)
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        options[name] = _url_option(name, value)
+    return options
+
+
+def _server(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    if not colon or host.endswith("]"):
+        return f"{host}:4222"
+    if not name or not port.isascii() or not port.isdigit():
+        raise OptionError(f"a NATS URL names hosts as host or host:port; got {host!r}")
+    return host
+
+
+def _url_option(name: str, value: str) -> Any:
+    if name not in _URL_OPTIONS:
+        near = get_close_matches(name, _URL_OPTIONS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(_URL_OPTIONS))}"
+        raise OptionError(f"a nats URL has no option {name!r}; {hint}")
+    try:
+        return _NUMBERS.get(name, str)(value)
+    except ValueError:
+        raise OptionError(f"the option {name!r} of a nats URL must be a number, got {value!r}") from None
+
+
+def _safe(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    return f"{head.partition('://')[0]}://***@{tail}" if at else url

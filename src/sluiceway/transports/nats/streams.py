@@ -1,0 +1,357 @@
+"""Topics and streams, groups and consumers: what is where at the server, and what is made when it is missing.
+
+A topic's subject is the topic. It lives in the stream that has that subject; one that no stream has is added to the
+stream of the option `stream`. A group has a durable consumer per topic or pattern on each stream that may have messages
+of it. Two streams are ours, one per account: `sluiceway-dead` has the dead letters, under the subject
+`_sluiceway.dead.<topic>`, so that no pattern meets them; `sluiceway-notes` has a note for each message that came back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any
+
+from msgspec import Struct
+
+from ..._decisions.topics import best_match, is_dead_letter_topic, is_pattern, matches
+from ...errors import TransportError
+from ...source import Start
+from ...transport import Finding
+from .connection import ApiError, Connection
+
+DEAD, NOTES = "sluiceway-dead", "sluiceway-notes"
+_DEAD = "_sluiceway.dead."
+NOTE = "_sluiceway.note."
+_OURS = {DEAD: f"{_DEAD}>", NOTES: f"{NOTE}>"}
+_NO_CONSUMER, _NO_STREAM, _OVERLAP = 10014, 10059, 10065
+
+
+def subject_of(topic: str) -> str:
+    return _DEAD + topic if is_dead_letter_topic(topic) else topic
+
+
+def topic_of(subject: str) -> str:
+    return subject.removeprefix(_DEAD)
+
+
+def filters_of(pattern: str) -> list[str]:
+    """The subjects that have all messages of a topic or pattern, and perhaps others."""
+    if not is_pattern(pattern):
+        return [subject_of(pattern)]
+    before, hash_, after = pattern.partition("#")
+    if not hash_:
+        return [pattern]
+    more = f"{before}>"
+    return [before[:-1], more] if before and not after.strip(".#") else [more]
+
+
+def covers(wide: str, narrow: str) -> bool:
+    """Whether all that matches the subject filter `narrow` matches `wide`."""
+    words, others = wide.split("."), narrow.split(".")
+    if words[-1] == ">":
+        head = words[:-1]
+        return len(others) > len(head) and all(map(_covers, head, others))
+    return len(words) == len(others) and ">" not in others and all(map(_covers, words, others))
+
+
+def _covers(word: str, other: str) -> bool:
+    return word == other or (word == "*" and other != ">")
+
+
+class Consumer(Struct, eq=False):
+    """A durable consumer of a group. `start` is the first message of the stream that it gets, `since` a time before
+    which it wants none; a message that a better matching consumer of the group gets is not for it."""
+
+    stream: str
+    name: str
+    group: str
+    topic: str
+    start: int = 0
+    since: float = 0.0
+    lease: float = 0.0
+    created: str = ""
+    floor: int = 0
+    last: int = 0
+    pending: int = 0
+    held: int = 0
+    noted: int = 0
+    filter: str = ""
+
+    @property
+    def path(self) -> str:
+        return f"{self.stream}.{self.name}"
+
+
+def consumer_name(group: str, topic: str, subject: str) -> str:
+    """One name for one group, topic and filter, readable as far as NATS allows."""
+    tail = blake2b(json.dumps([group, topic, subject]).encode(), digest_size=6).hexdigest()
+    return f"{re.sub('[^0-9A-Za-z_-]+', '_', f'{group}-{topic}')[:80]}-{tail}"
+
+
+class Streams:
+    """What this transport knows of the server's streams."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._settings = connection.settings
+        self._known: set[str] = set()  # subjects of streams
+        self._lock = asyncio.Lock()
+
+    async def info(self, stream: str) -> dict[str, Any] | None:
+        try:
+            return await self._connection.api(f"STREAM.INFO.{stream}")
+        except ApiError as error:
+            if error.number == _NO_STREAM:
+                return None
+            raise
+
+    async def having(self, subject: str) -> list[str]:
+        """The streams that may have messages of a subject or filter, but for what others keep under `$`, and notes."""
+        found: list[str] = []
+        while True:
+            page = await self._connection.api("STREAM.NAMES", {"subject": subject, "offset": len(found)})
+            found += page.get("streams") or []
+            if len(found) >= page.get("total", 0):
+                break
+        helpers = (NOTES,) if subject.startswith(_DEAD) else (NOTES, DEAD)
+        return [name for name in found if name not in helpers and not name.startswith(("KV_", "OBJ_", "MQTT_"))]
+
+    def forget(self) -> None:
+        """A stream may be gone."""
+        self._known.clear()
+
+    def knows(self, subject: str) -> bool:
+        """Whether a stream has all of a subject, as far as was seen."""
+        return subject in self._known or any(covers(known, subject) for known in self._known if known[-1] in "*>")
+
+    async def cover(self, subject: str) -> None:
+        """See to it that a stream has the subject, or that no more of a filter is without one than must be."""
+        async with self._lock:
+            if self.knows(subject):
+                return
+            for stream, ours in _OURS.items():
+                if covers(ours, subject):
+                    await self._make(stream, [ours])
+                    self._known.add(ours)
+                    return
+            for stream in await self.having(subject):
+                info = await self.info(stream)
+                self._known.update(info["config"].get("subjects") or () if info else ())
+            if not self.knows(subject):
+                await self._add(subject)
+
+    async def _add(self, subject: str) -> None:
+        """Add a subject to our stream. Others may do the same at the same time, and a change replaces the whole list:
+        so it is looked at again."""
+        stream = self._settings.stream
+        wanted = "_sluiceway.any" if subject == ">" else subject
+        for tries in range(20):
+            info = await self.info(stream)
+            subjects: list[str] = (info["config"].get("subjects") or []) if info else []
+            if any(covers(one, wanted) for one in subjects):
+                self._known.update(subjects)
+                return
+            subjects = [*[one for one in subjects if not covers(wanted, one)], wanted]
+            try:
+                if info is None:
+                    await self._make(stream, subjects)
+                else:
+                    config = {**info["config"], "subjects": subjects}
+                    await self._connection.api(f"STREAM.UPDATE.{stream}", config)
+            except ApiError as error:
+                if error.number == _OVERLAP and wanted[-1] in "*>":
+                    return  # other streams have some of it; what they lack is added when it is published
+                if error.number != _OVERLAP and tries == 19:
+                    raise
+            await asyncio.sleep(0.005 * tries)
+        raise TransportError(f"cannot add {subject!r} to the NATS stream {stream!r}: another process changes it too")
+
+    async def _make(self, stream: str, subjects: list[str]) -> None:
+        """Make a stream unless it is there."""
+        if await self.info(stream) is not None:
+            return
+        mine = stream == self._settings.stream
+        config = {
+            "name": stream,
+            "subjects": subjects,
+            "retention": "limits",
+            "storage": "file",
+            "discard": "old" if stream == NOTES else "new",
+            "max_msgs_per_subject": 1 if stream == NOTES else -1,
+            "max_age": int(self._settings.max_age * 1e9) if mine else 0,
+            "max_msgs": -1,
+            "max_bytes": -1,
+            "num_replicas": self._settings.replicas,
+            "duplicate_window": 120_000_000_000 if not mine or not self._settings.max_age > 0 else 0,
+        }
+        try:
+            await self._connection.api(f"STREAM.CREATE.{stream}", config)
+        except ApiError:
+            if await self.info(stream) is None:
+                raise
+
+    # -- consumers
+
+    async def places(self, topic: str, *, create: bool) -> list[tuple[str, str]]:
+        """The streams and filters in which messages of a topic or pattern are."""
+        found = []
+        for subject in filters_of(topic):
+            if create:
+                await self.cover(subject)
+            streams = await self.having(subject)
+            ours = self._settings.stream
+            if is_pattern(topic) and ours not in streams and await self.info(ours) is not None:
+                streams.append(ours)  # more of the pattern may be added to it
+            found += [(stream, subject) for stream in streams]
+        return found
+
+    async def siblings(self, stream: str, group: str) -> dict[str, Consumer]:
+        """The consumers of a group on a stream, by topic or pattern."""
+        found: dict[str, Consumer] = {}
+        seen = 0
+        while True:
+            page = await self._connection.api(f"CONSUMER.LIST.{stream}", {"offset": seen})
+            infos = page.get("consumers") or []
+            seen += len(infos)
+            for consumer in map(read_consumer, infos):
+                if consumer is not None and consumer.group == group:
+                    found[consumer.topic] = consumer
+            if not infos or seen >= page.get("total", 0):
+                return found
+
+    def subjects(self, consumer: Consumer) -> list[str]:
+        return [consumer.filter or ">"]
+
+    async def missing(self, stream: str, subject: str, group: str, topic: str) -> bool:
+        return await self.find(stream, consumer_name(group, topic, subject)) is None
+
+    async def find(self, stream: str, name: str) -> dict[str, Any] | None:
+        try:
+            return await self._connection.api(f"CONSUMER.INFO.{stream}.{name}")
+        except ApiError as error:
+            if error.number in (_NO_CONSUMER, _NO_STREAM):
+                return None
+            raise
+
+    async def consume(
+        self, stream: str, subject: str, group: str, topic: str, start: Start | int
+    ) -> tuple[Consumer, list[Finding]]:
+        """The consumer of a group for a topic or pattern on a stream; made when it is not there. `start`: a number is
+        the message of the stream from which to go on."""
+        name = consumer_name(group, topic, subject)
+        stream_info = await self._connection.api(f"STREAM.INFO.{stream}")
+        info = await self.find(stream, name)
+        findings = []
+        subjects = stream_info["config"].get("subjects") or []
+        wanted: dict[str, Any] = {
+            "durable_name": name,
+            "ack_policy": "explicit",
+            "ack_wait": int(self._settings.lease * 1e9),
+            "max_deliver": -1,
+            "max_ack_pending": -1,
+            "max_waiting": 512,
+            "replay_policy": "instant",
+            "deliver_policy": "all",
+        }
+        if any(covers(one, subject) for one in subjects) and not all(covers(subject, one) for one in subjects):
+            wanted["filter_subject"] = subject
+        if info is None:
+            said: dict[str, Any] = {"sluiceway": 1, "group": group, "topic": topic, "start": 1}
+            if start == "latest":
+                start = stream_info["state"]["last_seq"] + 1
+            elif start == "earliest":
+                others = (await self.siblings(stream, group)).values()
+                floors = [one.floor for one in others if one.topic != topic and matches(one.topic, topic)]
+                start = 1 + min(floors, default=0)
+            if isinstance(start, datetime):
+                wanted["deliver_policy"] = "by_start_time"
+                wanted["opt_start_time"] = start.astimezone(UTC).isoformat()
+                said["since"] = start.timestamp()
+            elif isinstance(start, int) and start > 1:
+                said["start"] = start
+                wanted["deliver_policy"] = "by_start_sequence"
+                wanted["opt_start_seq"] = start
+            wanted["description"] = json.dumps(said)
+            info = await self._save(stream, wanted)
+            findings.append(Finding("info", f"made consumer {name!r} of stream {stream!r} for group {group!r}"))
+        elif drift := _drift(info["config"], wanted):
+            findings.append(Finding("warning", f"put consumer {name!r} of stream {stream!r} right: {drift}"))
+            changed = {key: wanted[key] for key in _WATCHED if key in wanted}
+            kept = {key: value for key, value in info["config"].items() if key != "filter_subject" or key in wanted}
+            info = await self._save(stream, {**kept, **changed})
+        consumer = read_consumer(info)
+        assert consumer is not None, info
+        if findings and isinstance(start, int):
+            consumer.noted = stream_info["state"]["last_seq"]  # its notes may be older than itself
+        return consumer, findings
+
+    async def _save(self, stream: str, config: dict[str, Any]) -> dict[str, Any]:
+        body = {"stream_name": stream, "config": config}
+        return await self._connection.api(f"CONSUMER.DURABLE.CREATE.{stream}.{config['durable_name']}", body)
+
+    async def check(self, streams: Sequence[str]) -> list[Finding]:
+        """What in the configuration of streams endangers messages."""
+        found: list[Finding] = []
+        for stream in dict.fromkeys(streams):
+            info = await self.info(stream)
+            config = info["config"] if info else {}
+            for level, bad, text in (
+                ("error", config.get("no_ack"), "confirms nothing (no_ack); a publish may be lost unseen"),
+                ("warning", config.get("storage") == "memory", "is in memory, and gone with its server; use file"),
+                (
+                    "warning",
+                    config.get("discard") == "old" and max(config.get("max_msgs", -1), config.get("max_bytes", -1)) > 0,
+                    "drops its oldest messages when it is full, handled or not; use discard=new",
+                ),
+                ("warning", config.get("retention") == "interest", "drops what is published before a group is there"),
+                ("info", config.get("max_age"), f"drops messages after {config.get('max_age', 0) / 1e9:g} s"),
+            ):
+                if bad:
+                    found.append(Finding(level, f"stream {stream!r} {text}"))  # type: ignore[arg-type]
+        return found
+
+
+_WATCHED = ("ack_policy", "max_deliver", "max_ack_pending", "ack_wait", "filter_subject")
+
+
+def _drift(config: dict[str, Any], wanted: dict[str, Any]) -> str:
+    differ = [key for key in _WATCHED if config.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} was {config.get(key)} and is {wanted.get(key)}" for key in differ)
+
+
+def read_consumer(info: dict[str, Any]) -> Consumer | None:
+    """Read a consumer's info; None when it is not ours."""
+    config = info["config"]
+    try:
+        said = json.loads(config.get("description") or "")
+        group, topic = str(said["group"]), str(said["topic"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return Consumer(
+        stream=info["stream_name"],
+        name=info["name"],
+        group=group,
+        topic=topic,
+        start=said.get("start", 1),
+        since=said.get("since", 0.0),
+        lease=config["ack_wait"] / 1e9,
+        created=info["created"],
+        floor=info["ack_floor"]["stream_seq"],
+        last=info["delivered"]["stream_seq"],
+        pending=info.get("num_pending", 0),
+        held=info.get("num_ack_pending", 0),
+        filter=config.get("filter_subject", ""),
+    )
+
+
+def belongs(consumer: Consumer, siblings: dict[str, Consumer], topic: str, seq: int, stored: float) -> bool:
+    """Whether a message is this consumer's: no better matching one of its group gets it."""
+    if not matches(consumer.topic, topic):
+        return False
+    others = [one.topic for one in siblings.values() if seq >= one.start and stored >= one.since]
+    return best_match([*others, consumer.topic], topic) == consumer.topic

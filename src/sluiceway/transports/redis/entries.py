@@ -1,0 +1,109 @@
+"""Stream entries from and to messages.
+
+An entry with a field `body` is ours or follows our layout: that field is the body, all other fields are headers (the
+envelope's and the user's). An entry without one is a stranger's: its body is the JSON object of its fields, all values
+strings, and it has no headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from ..._decisions.suspicion import is_suspect
+from ...envelope import FAILURES, ID, KEY, TIME, seal, unseal
+from ...message import NO_HEADERS, Message, Outgoing, Stored
+
+Entry = list[Any]  # its id, and its fields: name, value, name, value …
+
+MAX_HEADERS = 1000  # what Lua can hand on in one call is limited
+
+_ID, _TIME = ID.encode(), TIME.encode()
+
+
+def fields_of(message: Outgoing, *, failures: int = 0) -> list[bytes | str]:
+    """The fields of a message that goes out: name, value, name, value …"""
+    fields: list[bytes | str] = [b"body", message.body, _ID, _bytes(message.id), _TIME, repr(message.timestamp)]
+    if failures or message.key is not None or message.headers:
+        for name, value in seal(message, failures=failures).items():
+            if name not in (ID, TIME):
+                fields += (_bytes(name), _bytes(value))
+    return fields
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "surrogateescape")
+
+
+def messages_of(entries: Sequence[Entry], topic: str, stream: str, consumer: str) -> list[Message[Any]]:
+    """The messages of entries that were never handed over before."""
+    made: list[Message[Any]] = []
+    append = made.append
+    for entry in entries:
+        one, fields = entry
+        try:
+            body, name_of_body = fields[1], fields[0]
+            if len(fields) == 6 and name_of_body == b"body" and fields[2] == _ID and fields[4] == _TIME:
+                timestamp = float(fields[5])
+                if 0 <= timestamp < 1e11:
+                    token = (stream, one, consumer)
+                    append(Message(topic, body, fields[3].decode(), None, NO_HEADERS, timestamp, consumer, token))
+                    continue
+        except ValueError:
+            pass  # bytes that are no text, or no number
+        append(message_of(entry, topic, stream, consumer))
+    return made
+
+
+def message_of(
+    entry: Entry, topic: str, stream: str, consumer: str, delivered: int = 1, suspicions: int = 0, serial: int = 0
+) -> Message[Any]:
+    """One message, whatever its fields. `serial` tells apart what came to the same consumer more than once."""
+    one, body, envelope = _opened(entry)
+    failures = envelope.failures
+    return Message(
+        topic,
+        body,
+        one if envelope.id is None else envelope.id,
+        envelope.key,
+        envelope.headers,
+        _time(one) if envelope.timestamp is None else envelope.timestamp,
+        consumer,
+        (stream, entry[0], consumer, serial) if serial else (stream, entry[0], consumer),
+        delivered + failures,
+        failures,
+        suspicions,
+        is_suspect(delivered, 0, suspicions),
+        error=envelope.error,
+    )
+
+
+def stored_of(entry: Entry, topic: str) -> Stored:
+    """An entry at rest."""
+    one, body, envelope = _opened(entry)
+    name = one if envelope.id is None else envelope.id
+    time = _time(one) if envelope.timestamp is None else envelope.timestamp
+    return Stored(one, topic, body, name, envelope.key, envelope.headers, time)
+
+
+def _opened(entry: Entry) -> tuple[str, bytes, Any]:
+    """An entry's id, its body and its envelope."""
+    one, fields = entry
+    names, values = fields[::2], fields[1::2]
+    if b"body" not in names:
+        shown = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in zip(names, values)}
+        return one.decode(), msgspec.json.encode(shown), unseal({})
+    at = names.index(b"body")
+    rest = {_text(name): _text(value) for i, (name, value) in enumerate(zip(names, values)) if i != at}
+    return one.decode(), values[at], unseal(rest)
+
+
+def _time(one: str) -> float:
+    return int(one.partition("-")[0]) / 1000

@@ -1,0 +1,94 @@
+"""Consumer groups: where they begin, and what the server's settings mean for what they hold."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from ...errors import ConnectError, TransportError
+from ...source import Start
+from ...transport import Finding
+from .entries import stored_of
+from .keys import Keys
+from .wire import ReplyError, Wire
+
+_PAGE = 100
+
+
+async def make_group(wire: Wire, keys: Keys, topic: str, group: str, start: Start) -> bool:
+    """Make the group on the topic, and what it has beside it; returns whether it was not there.
+
+    A group that was deleted goes on behind the last message that it had finished in order. Raises TransportError.
+    """
+    retry, floor = keys.of(topic, group)[1], keys.of(topic, group)[5]
+    _, known, *_ = answers = await wire.call(
+        ("XGROUP", "CREATE", retry, group, "0", "MKSTREAM"), ("GET", floor), ("EXISTS", topic)
+    )
+    _check(wire, answers)
+    at: Any = known
+    if known is None:
+        at = {"earliest": "0", "latest": "$"}.get(start) if isinstance(start, str) else await _since(wire, topic, start)
+    made = await wire.call(("XGROUP", "CREATE", topic, group, at, "MKSTREAM"))
+    _check(wire, made)
+    return not isinstance(made[0], ReplyError)
+
+
+async def _since(wire: Wire, topic: str, start: datetime) -> str:
+    """Behind which entry a group begins that wants all that was published since `start`.
+
+    Entries lie in the order of their arrival. They were published before that: the first ones that arrived since
+    `start` may be older.
+    """
+    since = start.timestamp()
+    after = f"{max(0, int(since * 1000) - 1)}-18446744073709551615"
+    while entries := await wire.ask("XRANGE", topic, f"({after}", "+", "COUNT", _PAGE):
+        for entry in entries:
+            if stored_of(entry, topic).timestamp >= since:
+                return after
+            after = entry[0].decode()
+    return after
+
+
+def _check(wire: Wire, answers: list[Any]) -> None:
+    for answer in answers:
+        if isinstance(answer, ReplyError) and not str(answer).startswith("BUSYGROUP"):
+            raise TransportError(f"{wire.name} refuses to make the group: {answer}") from answer
+
+
+async def missing(wire: Wire, topic: str, group: str) -> bool:
+    """Whether the topic has no such group."""
+    (answer,) = await wire.call(("XINFO", "GROUPS", topic))
+    return isinstance(answer, ReplyError) or all(info[1] != group.encode() for info in answer)
+
+
+async def info(wire: Wire) -> dict[str, str]:
+    """What the server says of itself; nothing where the user may not ask."""
+    (answer,) = await wire.call(("INFO",))
+    if isinstance(answer, ReplyError):
+        return {}
+    lines = (line.partition(":") for line in answer.decode(errors="replace").splitlines())
+    return {name: value for name, _, value in lines}
+
+
+def check_server(wire: Wire, found: dict[str, str]) -> None:
+    """Raises ConnectError for a server that we cannot work with."""
+    version = found.get("redis_version", "7")
+    if int(version.partition(".")[0]) < 7:
+        raise ConnectError(f"{wire.name} is Redis {version}; Sluiceway needs 7.0 or later, or Valkey")
+    if found.get("cluster_enabled") == "1":
+        raise ConnectError(f"{wire.name} is a node of a cluster; Sluiceway needs a server (and replicas) without one")
+    if found.get("role") == "slave":
+        raise ConnectError(f"{wire.name} is a replica and takes no writes; give the URL of its primary")
+
+
+def findings(found: dict[str, str]) -> list[Finding]:
+    """Settings of the server that endanger messages."""
+    made: list[Finding] = []
+    if found.get("aof_enabled") == "0":
+        made.append(Finding("warning", "Redis keeps no append-only file, so a crash of the server loses messages; "
+                            "set `appendonly yes`"))  # fmt: skip
+    policy = found.get("maxmemory_policy", "noeviction")
+    if policy.startswith("allkeys") and found.get("maxmemory", "0") != "0":
+        made.append(Finding("error", f"Redis may evict whole topics when its memory is full (maxmemory-policy {policy}); "
+                            "set `maxmemory-policy noeviction`"))  # fmt: skip
+    return made

@@ -1,0 +1,51 @@
+"""The keys of a topic and of a group. A topic's braces hold it apart from the group, and keep its keys in one slot."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from ...message import Outgoing, new_id
+from .entries import fields_of
+
+pack = msgspec.msgpack.Encoder().encode
+
+
+class Keys:
+    """Names of keys, all with one prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def retry(self, topic: str, group: str) -> str:
+        """The stream of what only this group receives: retries, replays, bells."""
+        return f"{self._prefix}:retry:{{{topic}}}:{group}"
+
+    def due(self, topic: str, group: str | None) -> str:
+        """What waits for its time: the group's, or with None the topic's."""
+        return f"{self._prefix}:due:{{{topic}}}" + ("" if group is None else f":{group}")
+
+    def record(self, topic: str, consumer: str) -> str:
+        """What the consumer's last settle brought."""
+        return f"{self._prefix}:settled:{{{topic}}}:{consumer}"
+
+    def of(self, topic: str, group: str) -> tuple[str, ...]:
+        """All seven that the scripts take, in their order."""
+        leases, suspicions, floor = (
+            f"{self._prefix}:{kind}:{{{topic}}}:{group}" for kind in ("leases", "suspicions", "floor")
+        )
+        return topic, self.retry(topic, group), self.due(topic, group), leases, suspicions, floor, self.due(topic, None)
+
+    def output(self, message: Outgoing) -> tuple[str, int, str, bytes, str]:
+        """What the scripts put out for a message. Its first field makes it unlike all others that wait."""
+        topic, group = message.topic, message.group
+        fields = pack([new_id(), *fields_of(message)])
+        if group is None:
+            return topic, ms(message.delay), self.due(topic, None), fields, self.retry(topic, "")
+        return self.retry(topic, group), ms(message.delay), self.due(topic, group), fields, ""
+
+
+def ms(seconds: float) -> int:
+    """Whole milliseconds, never too few; at most some thirty thousand years."""
+    return math.ceil(min(seconds, 1e12) * 1000)

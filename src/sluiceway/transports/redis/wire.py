@@ -1,0 +1,219 @@
+"""One connection to the server: hiredis packs and parses, asyncio moves the bytes.
+
+Commands go out as they are called and answers come back in their order, so calls of several tasks share a connection
+without waiting for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, cast
+
+try:
+    import hiredis
+except ImportError as missing:
+    raise ImportError("the Redis transport needs hiredis: pip install 'sluiceway[redis]'") from missing
+
+from ...errors import ConnectError, TransportError
+from .scripts import SCRIPTS, Script
+from .settings import Settings
+
+ReplyError = hiredis.ReplyError
+Command = tuple[Any, ...]
+
+CONNECT = 5.0  # seconds to reach the server and be let in
+ANSWER = 30.0  # seconds after which a server that says nothing counts as gone
+_NO_REPLY = object()
+
+
+class Wire(asyncio.Protocol):
+    """A connection. Use `connect`, then `call`. When it breaks, all calls in progress and later raise TransportError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.client_id = 0
+        self.received = 0  # bytes, so far
+        self.lost: str | None = None
+        self._reader = hiredis.Reader(notEnoughData=_NO_REPLY)
+        self._calls: deque[tuple[int, asyncio.Future[list[Any]]]] = deque()  # how many answers each waits for
+        self._answers: list[Any] = []  # of the first call
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._transport: asyncio.Transport
+
+    # -- asyncio calls these
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        made = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError):
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+        try:
+            self._reader.feed(data)
+            while (answer := self._reader.gets()) is not _NO_REPLY:
+                self._answers.append(answer)
+                if len(self._answers) == self._calls[0][0]:
+                    _, future = self._calls.popleft()
+                    answers, self._answers = self._answers, []
+                    if not future.done():
+                        future.set_result(answers)
+        except (hiredis.ProtocolError, IndexError) as error:
+            self.abort(f"what came is no answer of a Redis server ({error})")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._fail(f"the connection broke: {error}" if error else "the server closed the connection")
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    # -- calls
+
+    async def call(self, *commands: Command, seconds: float = ANSWER) -> list[Any]:
+        """Send commands in one go and return their answers; one that failed is a ReplyError among them.
+
+        Raises TransportError when the connection is broken, or breaks or says nothing for `seconds`: the commands may
+        have been carried out then, or not.
+        """
+        await self._writable.wait()
+        if self.lost is not None:
+            raise TransportError(f"{self.name}: {self.lost}")
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._calls.append((len(commands), future))
+        packed = [hiredis.pack_command(command) for command in commands]
+        self._transport.write(packed[0] if len(packed) == 1 else b"".join(packed))
+        try:
+            async with asyncio.timeout(seconds):
+                return await future
+        except TimeoutError:
+            self.abort(f"no answer within {seconds:g} s")
+            raise TransportError(f"{self.name}: {self.lost}") from None
+
+    async def ask(self, *command: Any, seconds: float = ANSWER) -> Any:
+        """One command's answer. Raises TransportError, also for what the server refuses."""
+        (answer,) = await self.call(command, seconds=seconds)
+        if isinstance(answer, ReplyError):
+            raise TransportError(f"{self.name} refuses {command[0]}: {answer}") from answer
+        return answer
+
+    async def run(self, script: Script, keys: Sequence[Any], *arguments: Any) -> Any:
+        """Run a script. Raises TransportError, with the ReplyError as its cause where the server refuses it."""
+        command = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
+        (answer,) = await self.call(command)
+        if isinstance(answer, ReplyError) and str(answer).startswith("NOSCRIPT"):  # SCRIPT FLUSH
+            _, answer = await self.call(("SCRIPT", "LOAD", script.text), command)
+        if isinstance(answer, ReplyError):
+            raise TransportError(f"{self.name} refuses to {script.what}: {answer}") from answer
+        return answer
+
+    def abort(self, why: str) -> None:
+        """Close at once; calls in progress raise. Idempotent."""
+        self._fail(why)
+        self._transport.abort()
+
+    def _fail(self, why: str) -> None:
+        if self.lost is None:
+            self.lost = why
+            self._writable.set()
+            while self._calls:
+                _, future = self._calls.popleft()
+                if not future.done():
+                    future.set_exception(TransportError(f"{self.name}: {why}"))
+
+
+async def connect(settings: Settings) -> Wire:
+    """A connection that is let in, with our scripts loaded. Raises ConnectError that says what to do."""
+    name = settings.name
+    try:
+        async with asyncio.timeout(CONNECT):
+            context = await asyncio.to_thread(settings.tls_context) if settings.tls else None
+            server_name = (settings.server_name or settings.host) if context else None
+            _, wire = await asyncio.get_running_loop().create_connection(
+                lambda: Wire(name), settings.host, settings.port, ssl=context, server_hostname=server_name
+            )
+    except ssl.SSLCertVerificationError as error:
+        hint = "name its authority with ca_file=, or its name with server_name="
+        raise ConnectError(f"the certificate of {name} is not trusted: {error.verify_message}; {hint}") from error
+    except ssl.SSLError as error:
+        raise ConnectError(f"no TLS with {name}: {error.reason}; without TLS its URL is redis://") from error
+    except TimeoutError:
+        raise ConnectError(f"{name} does not answer within {CONNECT:g} s; check host and port") from None
+    except OSError as error:
+        raise ConnectError(f"cannot reach {name}: {error}; check that it runs, host and port") from error
+    try:
+        await _enter(wire, settings)
+    except BaseException as error:
+        wire.abort("not let in")
+        if isinstance(error, TransportError) and not isinstance(error, ConnectError):
+            hint = "" if settings.tls else "; if it wants TLS its URL is rediss://"
+            raise ConnectError(f"{error}{hint}") from error
+        raise
+    return wire
+
+
+async def _enter(wire: Wire, settings: Settings) -> None:
+    if settings.password is not None:
+        user = () if settings.user is None else (settings.user,)
+        (answer,) = await wire.call(("AUTH", *user, settings.password), seconds=CONNECT)
+        if isinstance(answer, ReplyError):
+            raise ConnectError(f"{wire.name} refuses the user name or password: {answer}")
+    answers = await wire.call(("CLIENT", "ID"), ("SELECT", settings.db), *(
+        ("SCRIPT", "LOAD", script.text) for script in SCRIPTS
+    ), seconds=CONNECT)  # fmt: skip
+    for answer in answers:
+        if isinstance(answer, ReplyError):
+            text = str(answer)
+            hint = "; give user and password in the URL: redis://user:password@host" if "NOAUTH" in text else ""
+            raise ConnectError(f"{wire.name} lets nobody in: {text}{hint}")
+    wire.client_id = answers[0]
+
+
+class Line:
+    """A connection that comes back: `wire()` gives it, made anew when it broke."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._wire: Wire | None = None
+        self._making = asyncio.Lock()
+        self._refused: tuple[float, ConnectError] | None = None  # until when nobody tries again, and why
+
+    @property
+    def up(self) -> bool:
+        """Whether there is a connection now."""
+        return self._wire is not None and self._wire.lost is None
+
+    async def wire(self) -> Wire:
+        """The connection. Raises ConnectError, and for a moment after that the same again without a try."""
+        if self._wire is None or self._wire.lost is not None:
+            async with self._making:
+                if self._wire is None or self._wire.lost is not None:
+                    self._wire = await self._connect()
+        return self._wire
+
+    async def _connect(self) -> Wire:
+        now = asyncio.get_running_loop().time()
+        if self._refused is not None and now < self._refused[0]:
+            raise ConnectError(str(self._refused[1]))
+        try:
+            made = await connect(self._settings)
+        except ConnectError as error:
+            self._refused = (now + 0.2, error)
+            raise
+        self._refused = None
+        return made
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.abort("it was closed")

@@ -1,0 +1,39 @@
+"""Every broker through every fault that it can have: nothing is lost, and the messages flow again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from chaos.broker import Broker
+from chaos.brokers import BROKERS
+from chaos.cell import run_cell
+from chaos.faults import FAULTS, Fault
+
+
+def cells() -> Iterator[Any]:
+    """One group per broker: its cells follow each other over one server."""
+    for make in BROKERS:
+        for fault in FAULTS:
+            if fault.fits(make):
+                marks = [pytest.mark.crash, pytest.mark.slow, pytest.mark.xdist_group(f"chaos-{make.name}")]
+                yield pytest.param(make, fault, marks=marks, id=f"{make.name}-{fault.name.replace(' ', '-')}")
+
+
+@pytest.fixture(scope="module")
+def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with request.param(tmp_path_factory.mktemp(request.param.name)) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("broker", "fault"), list(cells()), indirect=["broker"])
+def test_nothing_is_lost_and_messages_flow_again(broker: Broker, fault: Fault) -> None:
+    row = run_cell(broker, fault)
+    print(row)
+    assert row.error is None, row
+    assert (row.lost, row.dead, row.left) == (0, 0, 0), row
+    assert row.repeated <= row.at_most, row
+    assert row.recovered is not None, row
+    assert row.ok
