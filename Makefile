@@ -53,6 +53,7 @@ chaos: $(READY) ## every broker through every fault; rows in chaos/results/lates
 
 docs: $(READY) ## run every code block of README and docs; write what is made from the code anew
 	$(BIN)/python -m scripts.events
+	$(BIN)/python -m scripts.reference
 	$(BIN)/python -m scripts.guarantees
 	$(BIN)/python -m pytest -m docs $(ARGS)
 

@@ -82,6 +82,11 @@ def pin(core: int) -> None:
         os.sched_setaffinity(0, {sorted(_cores)[core % len(_cores)]})
 
 
+def first_core() -> set[int]:
+    """The core that pinned measures leave free, where there are two."""
+    return {min(_cores)}
+
+
 def unpin() -> None:
     """Run on any core from now on."""
     if hasattr(os, "sched_setaffinity"):

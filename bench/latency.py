@@ -23,9 +23,7 @@ from .pairs import Case, Figure
 from .watch import Watch
 
 SAMPLES = 3_000
-SQLITE_SAMPLES = 250
 TURNS = 20  # of the loop, between two messages
-IDLE = 5.0  # seconds in which the idle process's CPU time is measured
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -77,39 +75,41 @@ async def _memory(scale: float, pause: float) -> dict[str, float]:
 
 
 def sqlite(folder: str, scale: float) -> dict[str, float]:
-    """One process publishes, another consumes; before that, what the consumer needs while nothing happens."""
+    """Over a file of its own."""
+    return two_processes(f"sqlite:///{Path(folder)}/latency-{os.getpid()}.db", scale)
+
+
+def two_processes(url: str, scale: float, samples: int = 250, idle: float = 5.0) -> dict[str, float]:
+    """One process publishes, another consumes; before that, what the consumer needs in `idle` seconds of nothing."""
     unpin()
-    path = Path(folder) / f"latency-{os.getpid()}.db"
-    samples = max(10, int(SQLITE_SAMPLES * scale))
-    order = json.dumps(["bench.latency:sqlite_consumer", {"path": str(path), "samples": samples, "idle": IDLE * scale},
-                        False, True, 55])  # fmt: skip
-    with started([order], session=False) as consumer:
-        assert consumer.stdout is not None
-        assert consumer.stdin is not None
-        cpu = float(consumer.stdout.readline() or "nan")
-        published = asyncio.run(_publish(str(path), samples))
-        out, err = consumer.communicate(timeout=30)
-        assert consumer.returncode == 0, err
+    topic = f"idle-{os.getpid()}"
+    given = {"url": url, "topic": topic, "samples": max(10, int(samples * scale)), "idle": idle * scale}
+    with started([json.dumps(["bench.latency:consumer", given, False, True, 55])], session=False) as other:
+        assert other.stdout is not None
+        cpu = float(other.stdout.readline() or "nan")
+        published = asyncio.run(_publish(url, topic, given["samples"]))
+        out, err = other.communicate(timeout=30)
+        assert other.returncode == 0, err
     settled: list[float] = json.loads(out.strip().splitlines()[-1])["settled"]
     millis = [(end - begin) * 1000 for begin, end in zip(published, settled, strict=True)]
     return {"p50": quantile(millis, 0.5), "p99": quantile(millis, 0.99), "cpu": cpu * 100}
 
 
-async def _publish(path: str, samples: int) -> list[float]:
+async def _publish(url: str, topic: str, samples: int) -> list[float]:
     begun = []
-    async with App(f"sqlite:///{path}") as app:
+    async with App(url) as app:
         for _ in range(samples):
             await asyncio.sleep(random.uniform(0.005, 0.035))
             begun.append(time.monotonic())
-            await app.publish("t", b"x")
+            await app.publish(topic, b"x")
     return begun
 
 
-async def sqlite_consumer(path: str, samples: int, idle: float) -> dict[str, list[float]]:
+async def consumer(url: str, topic: str, samples: int, idle: float) -> dict[str, list[float]]:
     """The other process: says what share of a core it needed while idle, then when each settle returned."""
-    app = App(f"sqlite:///{path}")
+    app = App(url)
 
-    @app.consumer("t", concurrency=10)
+    @app.consumer(topic, concurrency=10)
     async def consume(message: Message[bytes]) -> None:
         return
 
@@ -118,11 +118,16 @@ async def sqlite_consumer(path: str, samples: int, idle: float) -> dict[str, lis
         watch = Watch(app)
         watch.on_settled = lambda count: times.extend([time.monotonic()] * count)
         await asyncio.sleep(min(1.0, idle))  # what is done once at the start is not idling
-        before, began = time.process_time(), time.monotonic()
-        await asyncio.sleep(idle)
-        print((time.process_time() - before) / (time.monotonic() - began), flush=True)
+        print(await idle_cpu(idle), flush=True)
         await watch.until(samples)
     return {"settled": times}
+
+
+async def idle_cpu(seconds: float) -> float:
+    """The share of a core that this process needs while it does nothing."""
+    before, began = time.process_time(), time.monotonic()
+    await asyncio.sleep(seconds)
+    return (time.process_time() - before) / (time.monotonic() - began)
 
 
 def import_time(scale: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ from sluiceway import App, Message, Pause
 
 from .child import Job
 from .pairs import Case, Figure
-from .watch import Watch
+from .watch import Watch, handed_out
 
 WAITING = 1_000_000
 BODY = b"x" * 200
@@ -49,7 +49,7 @@ async def peak(folder: str, scale: float, file: str, waiting: int) -> dict[str, 
     app = consumer(path, Pause())
     async with app.running() as manager:
         watch = Watch(app)
-        with watch.sampling(str(path)):
+        with watch.sampling(handed_out(path)):
             await asyncio.sleep(max(0.5, SECONDS * scale))
         watch.check()
         backlog = await manager.backlog("consume")

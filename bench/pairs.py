@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from .child import Job, MeasureFailed, measure
+from .servers import server
 
 
 class Figure(Struct, frozen=True):
@@ -32,7 +34,8 @@ class Figure(Struct, frozen=True):
 class Case(Struct, frozen=True):
     """What is measured together: ours, what it is held against, and the rows that come of it.
 
-    `prepare` runs once, before all pairs. A job with `folder` in its parameters gets a folder of the case's own.
+    `prepare` runs once, before all pairs. With `folder`, all jobs get a folder of the case's own; with `server`, the
+    `url` of a server of that name, which runs as long as the case. `most`: no more pairs than that.
     """
 
     figures: tuple[Figure, ...]
@@ -40,6 +43,8 @@ class Case(Struct, frozen=True):
     limit: Job | None = None
     prepare: Job | None = None
     folder: bool = False
+    server: str | None = None
+    most: int | None = None
 
 
 class Row(Struct, frozen=True):
@@ -66,20 +71,23 @@ SMALLEST_RISE = 0.1  # below it a difference is noise, and dividing by it says n
 
 def run_case(case: Case, rounds: int, step: Callable[[], None], *, scale: float = 1.0) -> Outcome:
     """Measure a case in `rounds` pairs. `step` is called after each pair. A failure makes rows that are not ok."""
-    with TemporaryDirectory(prefix="sluiceway-bench-") as folder:
+    rounds = rounds if case.most is None else min(rounds, case.most)
+    with TemporaryDirectory(prefix="sluiceway-bench-") as folder, ExitStack() as stack:
+        more: dict[str, Any] = {"scale": scale}
+        if case.folder:
+            more["folder"] = folder
         try:
-            pairs = _measure(case, rounds, step, scale, Path(folder))
+            if case.server is not None:
+                more["url"] = stack.enter_context(server(case.server, Path(folder)))
+            pairs = _measure(case, rounds, step, more)
         except MeasureFailed as error:
             return Outcome(tuple(_failed(figure) for figure in case.figures), str(error))
     return Outcome(tuple(make_row(figure, pairs) for figure in case.figures))
 
 
 def _measure(
-    case: Case, rounds: int, step: Callable[[], None], scale: float, folder: Path
+    case: Case, rounds: int, step: Callable[[], None], more: dict[str, Any]
 ) -> list[tuple[dict[str, float] | None, dict[str, float]]]:
-    more: dict[str, Any] = {"scale": scale}
-    if case.folder:
-        more["folder"] = str(folder)
     if case.prepare is not None:
         measure(case.prepare, **more)
     pairs = []

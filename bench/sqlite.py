@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import shutil
-import time
 from array import array
-from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import cast
 
 import apsw
-import msgspec
-from msgspec import Struct
 
 from sluiceway import App, Message, Pause
 
-from .child import Job, pin, started, unpin
+from . import together
+from .child import Job, pin, unpin
 from .memory import PLAIN, TUNED
 from .pairs import Case, Figure
-from .watch import Watch
+from .payload import Order, decode, handle, order
+from .watch import Watch, handed_out
 
 COUNT = 60_000
 CHUNK = 1_000  # messages per publish
 CLAIM = 100  # messages per turn of the hand-written loop
 FULL = "full.db"
-
-
-class Order(Struct):
-    """The payload: 200 bytes of JSON."""
-
-    id: str
-    customer: str
-    cents: int
-    currency: str
-    lines: list[str]
-    note: str
-
-
-def order(number: int) -> Order:
-    """The payload of a message."""
-    made = Order(
-        f"order-{number:09}", f"customer-{number % 997:06}", number % 100_000 + 1_000_000, "USD", ["a-1", "b-2"], ""
-    )
-    made.note = "n" * (200 - len(msgspec.json.encode(made)))
-    return made
 
 
 def consumer(path: Path, *, closed: bool = True) -> tuple[App, Pause]:
@@ -89,7 +65,7 @@ async def ours(folder: str, scale: float) -> dict[str, float]:
     count = int(COUNT * scale)
     async with app.running():
         watch = Watch(app)
-        with watch.sampling(str(path)):
+        with watch.sampling(handed_out(path)):
             began = perf_counter()
             gate.open()
             await watch.until(count)
@@ -104,7 +80,6 @@ def by_hand(folder: str, scale: float) -> dict[str, float]:
     db.execute("PRAGMA journal_mode = WAL; PRAGMA mmap_size = 0; PRAGMA journal_size_limit = 67108864").fetchall()
     db.execute("PRAGMA synchronous = NORMAL").fetchall()
     queue = db.execute("SELECT id FROM queues WHERE pattern = 'orders'").fetchall()[0][0]
-    decode = msgspec.json.Decoder(Order).decode
     execute = db.execute
     select = f"SELECT seq, body FROM queue WHERE queue_id = ? AND state = 0 ORDER BY seq LIMIT {CLAIM}"
     claim = "UPDATE queue SET state = 2, owner = 1, deliveries = deliveries + 1 WHERE seq IN carray(?)"
@@ -123,7 +98,7 @@ def by_hand(folder: str, scale: float) -> dict[str, float]:
         if not done:
             break
         for _, body in rows:
-            _handle(decode(body))
+            handle(decode(body))
         handled += len(rows)
     elapsed = perf_counter() - began
     db.close()
@@ -132,67 +107,21 @@ def by_hand(folder: str, scale: float) -> dict[str, float]:
     return {"rate": count / elapsed}
 
 
-def _handle(order: Order) -> None:
-    """The handler that does nothing."""
-
-
 # -- several processes -----------------------------------------------------------------------------------------------
 
 
 def shared(folder: str, scale: float, processes: int, cores: int) -> dict[str, float]:
-    """Some processes take everything that waits in one file; they run before the clock starts."""
+    """Some processes take everything that waits in one file."""
     unpin()
     path = copied(folder)
     count = int(COUNT * scale)
-    with ExitStack() as stack:
-        workers = []
-        for number in range(processes):
-            given = {"path": str(path), "core": number % cores - 1, "count": count}
-            call = json.dumps(["bench.sqlite:worker", given, False, True, 55])
-            workers.append(stack.enter_context(started([call], session=False)))
-        for one in workers:
-            assert one.stdout is not None
-            assert one.stdout.readline() == "ready\n", one.communicate()[1]
-        began = time.monotonic()
-        for one in workers:
-            assert one.stdin is not None
-            one.stdin.write("go\n")
-            one.stdin.flush()
-        outs = [one.communicate(timeout=50) for one in workers]
-        for one, (_, err) in zip(workers, outs, strict=True):
-            assert one.returncode == 0, err
-    ended = [json.loads(out.strip().splitlines()[-1]) for out, _ in outs]
-    settled = sum(one["settled"] for one in ended)
-    assert settled == count, f"{settled} of {count} were settled"
-    least = min(one["settled"] for one in ended)
-    return {"rate": count / (max(one["last"] for one in ended) - began), "least share": least / count}
+    given = [{"path": str(path), "core": number % cores - 1, "count": count} for number in range(processes)]
+    return {"rate": together.rate("bench.sqlite:worker", given, count)}
 
 
 async def worker(path: str, core: int, count: int) -> dict[str, float]:
-    """One of them: ready, then go until the file is empty."""
     pin(core)
-    app, gate = consumer(Path(path))
-    last = 0.0
-
-    def settled(_: int) -> None:
-        nonlocal last
-        last = time.monotonic()
-
-    async with app.running() as manager:
-        watch = Watch(app)
-        watch.on_settled = settled
-        print("ready", flush=True)
-        await asyncio.to_thread(input)
-        gate.open()
-        began = time.monotonic()
-        while True:
-            await asyncio.sleep(0.1)
-            watch.check()
-            if watch.settled == count or time.monotonic() - max(began, last) > 0.5:  # the other may have taken all
-                backlog = await manager.backlog("consume")
-                if backlog is None or backlog.messages == 0:
-                    break
-    return {"settled": watch.settled, "last": last}
+    return await together.work(*consumer(Path(path)), count)
 
 
 # -- publishing ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -13,7 +15,18 @@ import apsw
 from sluiceway import App
 from sluiceway.telemetry import MessageFailed, PipelineCrashed, Received, Settled
 
-SAMPLE_EVERY = 0.05  # seconds between counts of what a SQLite file says is held
+SAMPLE_EVERY = 0.05  # seconds between counts of what a broker says is held
+
+Counting = AbstractContextManager[Callable[[], int]]
+"""Gives, on the thread that enters it, a function that counts what the broker has handed out."""
+
+
+@contextlib.contextmanager
+def handed_out(path: Path) -> Iterator[Callable[[], int]]:
+    """Counts what is handed out in a SQLite file."""
+    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    yield lambda: len(db.execute("SELECT seq FROM queue WHERE state = 2").fetchall())
+    db.close()
 
 
 class Watch:
@@ -84,16 +97,17 @@ class Watch:
             self._done.set_result(None)
 
     @contextlib.contextmanager
-    def sampling(self, path: str) -> Iterator[None]:
-        """Meanwhile count, in the SQLite file at `path`, what is handed out, again and again on a thread."""
+    def sampling(self, counting: Counting) -> Iterator[None]:
+        """Meanwhile ask the broker how much is handed out, again and again on a thread."""
         stop = Event()
 
         def sample() -> None:
-            db = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
-            while not stop.wait(SAMPLE_EVERY):
-                held = len(db.execute("SELECT seq FROM queue WHERE state = 2").fetchall())
-                self._allow("the file says there are handed out", held, self.largest_window)
-            db.close()
+            try:
+                with counting as held:
+                    while not stop.wait(SAMPLE_EVERY):
+                        self._allow("the broker says there are handed out", held(), self.largest_window)
+            except Exception as error:
+                self.faults.append(f"the broker could not be asked what is handed out: {error!r}")
 
         thread = Thread(target=sample, daemon=True)
         thread.start()

@@ -62,7 +62,7 @@ class Redis(Broker):
     def make_server(self) -> Server:
         from tests.servers.redis import RedisServer
 
-        return RedisServer(self.folder / "redis", password="right")
+        return RedisServer(self.folder / "redis", {"requirepass": "right"})
 
     def url(self, port: int | None) -> str:
         return f"redis://:right@127.0.0.1:{port}?lease={self.hold:g}"
@@ -74,9 +74,6 @@ class Redis(Broker):
         import redis
 
         return redis.Redis(port=self.port or 0, password="right", decode_responses=True, protocol=2)
-
-    def _streams(self, topic: str) -> list[str]:
-        return [key for key in self._client().scan_iter(f"*{topic}*", _type="stream") if not key.endswith(".dead")]
 
     def delete_topic(self, topic: str) -> int:
         deleted: int = self._client().delete(topic)
@@ -222,4 +219,4 @@ class RabbitMQ(Broker):
         self._rabbit.control("change_password", "guest", "guest")
 
 
-BROKERS: tuple[type[Broker], ...] = (SQLite,)
+BROKERS: tuple[type[Broker], ...] = (SQLite, Redis)

@@ -15,9 +15,10 @@ from msgspec import Struct
 from tests.servers.server import Server
 
 from .broker import Broker
-from .site import Site, Stuck
+from .site import Actor, Site, Stuck
 
 OUTAGE = 3.0  # seconds that a server or a network is away
+BUSY = 4  # handlers that a worker runs before something befalls it
 STALL = 12.0  # seconds that nothing flows: longer than heartbeats and the time limits of single requests
 
 
@@ -139,8 +140,8 @@ def refuse(site: Site) -> Damage:
 
 
 def kill_worker(site: Site) -> Damage:
-    victim = site.workers.pop(0)
-    _require(victim.pid in site.book.busy, "the worker that was to be killed had begun nothing")
+    victim = _busy_worker(site)
+    site.workers.remove(victim)
     victim.signal(signal.SIGKILL)
     victim.process.wait(10)
     damage = _over(1)
@@ -151,8 +152,7 @@ def kill_worker(site: Site) -> Damage:
 
 
 def stop_worker(site: Site) -> Damage:
-    victim = site.workers[0]
-    _require(victim.pid in site.book.busy, "the worker that was to be stopped had begun nothing")
+    victim = _busy_worker(site)
     site.broker.freeze(victim.pid)
     try:
         site.wait(_past_hold(site))
@@ -162,7 +162,7 @@ def stop_worker(site: Site) -> Damage:
 
 
 def cut_off_worker(site: Site) -> Damage:
-    proxy = site.workers[0].proxy
+    proxy = _busy_worker(site).proxy
     assert proxy is not None
     proxy.stall()
     site.wait(_past_hold(site))
@@ -174,16 +174,25 @@ def cut_off_worker(site: Site) -> Damage:
 
 
 def delete_topic(site: Site) -> Damage:
-    deleted = site.broker.delete_topic(site.topic)
-    _require(deleted > 0, "nothing was there to be deleted")
-    over = time.monotonic()
+    over = _delete(site, site.broker.delete_topic)
     return Damage(2, over, deleted=over)
 
 
 def delete_group(site: Site) -> Damage:
-    deleted = site.broker.delete_group(site.topic)
-    _require(deleted > 0, "nothing was there to be deleted")
-    return _over(2)
+    return Damage(2, _delete(site, site.broker.delete_group))
+
+
+def _delete(site: Site, delete: Callable[[str], int]) -> float:
+    """Delete while messages wait at the broker: for a moment both workers stand still. Returns when it was over."""
+    for worker in site.workers:
+        site.broker.freeze(worker.pid)
+    try:
+        site.wait(0.5)
+        _require(delete(site.topic) > 0, "nothing was there to be deleted")
+        return time.monotonic()
+    finally:
+        for worker in site.workers:
+            worker.signal(signal.SIGCONT)
 
 
 def fill(site: Site) -> Damage:
@@ -247,6 +256,13 @@ FAULTS = (
 def _server(site: Site) -> Server:
     assert site.broker.server is not None
     return site.broker.server
+
+
+def _busy_worker(site: Site) -> Actor:
+    """One that has something to lose."""
+    running = site.book.running
+    site.until("a worker is busy", lambda: any(running[worker.pid] >= BUSY for worker in site.workers))
+    return max(site.workers, key=lambda worker: running[worker.pid])
 
 
 def _heal(site: Site) -> None:

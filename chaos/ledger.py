@@ -51,7 +51,7 @@ class Book:
         self.refused: Counter[str] = Counter()  # by the name of the error
         self.starts: Counter[int] = Counter()
         self.started: dict[int, float] = {}  # when first
-        self.busy: set[int] = set()  # pids that have started any
+        self.running: Counter[int] = Counter()  # handlers, by pid
         self.ended: dict[int, float] = {}  # when first
 
     def read(self) -> None:
@@ -75,8 +75,9 @@ class Book:
             case "start":
                 self.started.setdefault(one.n, one.at)
                 self.starts[one.n] += 1
-                self.busy.add(one.pid)
+                self.running[one.pid] += 1
             case "end":
+                self.running[one.pid] -= 1
                 self.ended.setdefault(one.n, one.at)
 
     def repeated(self) -> int:

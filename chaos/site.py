@@ -131,6 +131,7 @@ class Site:
 
     def end_workers(self, seconds: float = 10.0) -> None:
         """Drain the workers. Raises Stuck when one does not end in good order."""
+        self.until("all workers are up", lambda: {worker.pid for worker in self.workers} <= set(self.book.pids))
         workers, self.workers = self.workers, []
         for worker in workers:
             worker.signal(signal.SIGTERM)

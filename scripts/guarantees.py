@@ -20,7 +20,7 @@ HEAD = """\
 
 The [acceptance suite](../how-to/write-a-transport.md) runs over every transport. Each of its tests says which
 [guarantee](../explanation/design.md#guarantees) it shows. The numbers are tests that passed, counted when the suite
-last ran whole over the transport and none failed. Brokers are the real ones, started by the tests. A dash means that the
+last ran whole over the transport and none failed. Brokers are the real ones, started by the tests. A dash says that the
 guarantee does not apply; [why](#what-does-not-apply) stands below.
 
 `make test` writes the figures, `make docs` this page.

@@ -43,6 +43,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The acceptance suite has texts that are no UTF-8. pytest-xdist cannot send a report that shows one."""
+    report = yield
+    if item.get_closest_marker("guarantee") is not None:
+        report.sections = [(title, _sendable(text)) for title, text in report.sections]
+        if report.failed and _sendable(str(report.longrepr)) != str(report.longrepr):
+            report.longrepr = _sendable(str(report.longrepr))
+    return report
+
+
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> Generator[None, object, object]:
     """Answer while the marked test is asked for, and at no other time: all other tests keep their project's loops."""
     if metafunc.definition.get_closest_marker(MARK) is None:
@@ -57,6 +72,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Generator[None, object, 
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Check anyio's loop before anyio runs the test: which plugin's `pytest_pyfunc_call` is asked first is chance."""
+    backend = getattr(item, "funcargs", {}).get("anyio_backend")
+    if backend is None or item.get_closest_marker(MARK) is None or item.get_closest_marker("anyio") is None:
+        return
+    from sluiceway.testing import VirtualClockLoop
+
+    options = backend[1] if isinstance(backend, tuple) else {}
+    if options.get("loop_factory") is not VirtualClockLoop:
+        pytest.fail(ANYIO, pytrace=False)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a marked test that is a coroutine function still: nobody else has made it an ordinary one."""
     if pyfuncitem.get_closest_marker(MARK) is None:
@@ -68,14 +96,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None  # an ordinary test among those that a module has marked: it has no loop
-    from sluiceway.testing import VirtualClockLoop, run
-
     if "anyio_backend" in pyfuncitem.funcargs:
-        backend = pyfuncitem.funcargs["anyio_backend"]
-        options = backend[1] if isinstance(backend, tuple) else {}
-        if options.get("loop_factory") is not VirtualClockLoop:
-            pytest.fail(ANYIO, pytrace=False)
-        return None
+        return None  # anyio's; `pytest_runtest_call` has looked at its loop
+    from sluiceway.testing import run
+
     names = inspect.signature(pyfuncitem.obj).parameters
     run(pyfuncitem.obj(**{name: value for name, value in pyfuncitem.funcargs.items() if name in names}))
     return True

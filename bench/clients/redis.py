@@ -1,7 +1,7 @@
 """Redis clients compared: a batched XREADGROUP and XACK loop, written by hand over each of them.
 
-`python -m bench.clients.redis` starts a redis-server of its own on loopback. What is not importable is left out, with how
-to install it. Each loop decodes its messages (200 bytes of JSON, typed) and acks them in one command per read.
+`python -m bench.clients.redis` starts a redis-server of its own on loopback. What is not importable is left out, with
+how to install it. Each loop decodes its messages (200 bytes of JSON, typed) and acks them in one command per read.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def handle(fields: list[bytes]) -> None:
     decode(fields[1])
 
 
-# -- the loops: each reads `total` messages, `count` at a time ------------------------------------------------------------
+# -- the loops: each reads `total` messages, `count` at a time ---------------------------------------------------------
 
 
 async def redis_py(port: int, count: int, total: int) -> None:
@@ -186,7 +186,7 @@ CLIENTS: dict[str, tuple[str, str, Callable[[int, int, int], Awaitable[None]]]] 
 }
 
 
-# -- measuring -----------------------------------------------------------------------------------------------------------
+# -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -209,12 +209,13 @@ def server(port: int, folder: str) -> Iterator[None]:
         process.wait(20)
 
 
-def fill(port: int, total: int) -> None:
+def fill(port: int, total: int, *, flush: bool = True) -> None:
     from redis import Redis
 
     with Redis(port=port) as client:
-        client.flushall()
-        client.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
+        if flush:
+            client.flushall()
+            client.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
         for start in range(0, total, 1000):
             pipe = client.pipeline(transaction=False)
             for number in range(start, start + 1000):
@@ -237,12 +238,14 @@ async def restarted(run: Callable[[int, int, int], Awaitable[None]], port: int, 
         await asyncio.sleep(1)
     with server(port, folder):
         await asyncio.sleep(1.5)
-        if loop.done():
-            error = loop.exception()
-            return f"raises {type(error).__name__}"
-        loop.cancel()
+        fill(port, 1000, flush=False)
         await asyncio.wait([loop], timeout=3)
-        return "reconnects by itself"
+        if not loop.done():
+            loop.cancel()
+            await asyncio.wait([loop], timeout=3)
+            return "waits for ever"
+        error = loop.exception()
+        return f"raises {type(error).__name__}" if error else "reconnects by itself"
 
 
 def main() -> None:

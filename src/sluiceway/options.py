@@ -78,12 +78,16 @@ class ConsumerOptions(TypedDict, total=False):
 
 
 class Option(Struct, frozen=True):
-    """One option: its default, what it means, and `check`, which returns what is allowed when a value is not."""
+    """One option: its default, what it means, and `check`, which returns what is allowed when a value is not.
+
+    `parse` reads what the command line says. `guarantees` names those of the design that it bears on.
+    """
 
     default: Any
     meaning: str
     check: Callable[[Any], str | None]
     parse: Callable[[str], Any] | None = None
+    guarantees: tuple[str, ...] = ()
 
 
 class Resolved(Struct, frozen=True):
@@ -220,6 +224,7 @@ OPTIONS: dict[str, Option] = {
         "number of worker processes, one per CPU unless given.",
         _count,
         int,
+        guarantees=("G1",),
     ),
     "executor": Option(
         "auto",
@@ -227,17 +232,29 @@ OPTIONS: dict[str, Option] = {
         "worker processes, one message at a time in each: for handlers that keep a CPU busy.",
         _one_of("auto", "process"),
         str,
+        guarantees=("G7",),
     ),
-    "batch_size": Option(100, "Messages in a batch of the default batcher.", _count, int),
+    "batch_size": Option(100, "Messages in a batch of the default batcher.", _count, int, guarantees=("G2",)),
     "batch_timeout": Option(
-        1.0, "Seconds after which a batch of the default batcher goes though it is not full.", _seconds, float
+        1.0,
+        "Seconds after which a batch of the default batcher goes though it is not full.",
+        _seconds,
+        float,
+        guarantees=("G2",),
     ),
-    "batchers": Option({}, "More batchers by name, each a `Batching`.", _batchers),
+    "batchers": Option({}, "More batchers by name, each a `Batching`.", _batchers, guarantees=("G2",)),
     "retry": Option(
-        Retry(), "How often and how late a failed message is tried again.", _instance(Retry, "a Retry(...)")
+        Retry(),
+        "How often and how late a failed message is tried again.",
+        _instance(Retry, "a Retry(...)"),
+        guarantees=("G7", "G8"),
     ),
     "dead_letter_topic": Option(
-        None, "Where messages go that are not tried again; `{topic}.{group}.dead` if not given.", _optional(_topic), str
+        None,
+        "Where messages go that are not tried again; `{topic}.{group}.dead` if not given.",
+        _optional(_topic),
+        str,
+        guarantees=("G7", "G13"),
     ),
     "exhausted": Option(
         "dead_letter",
@@ -245,21 +262,31 @@ OPTIONS: dict[str, Option] = {
         "the message with an error in the log; `retry`, which goes on for ever.",
         _one_of("dead_letter", "drop", "retry"),
         str,
+        guarantees=("G2", "G7"),
     ),
     "timeout": Option(
-        None, "Seconds that a handler or batch handler may run; None: for ever.", _optional(_seconds), float
+        None,
+        "Seconds that a handler or batch handler may run; None: for ever.",
+        _optional(_seconds),
+        float,
+        guarantees=("G4",),
     ),
     "middleware": Option((), "Functions round the handler, the first outermost.", _middlewares("message", "Logging")),
     "batch_middleware": Option(
         (), "Functions round every batch handler, the first outermost.", _middlewares("batch", "Metrics")
     ),
-    "acknowledgers": Option((), "What is told of every settle, before and after the broker has it.", _acknowledgers),
-    "gates": Option((), "What limits demand from outside: a `RateLimit`, a `CircuitBreaker`, a `Pause`.", _gates),
+    "acknowledgers": Option(
+        (), "What is told of every settle, before and after the broker has it.", _acknowledgers, guarantees=("G3",)
+    ),
+    "gates": Option(
+        (), "What limits demand from outside: a `RateLimit`, a `CircuitBreaker`, a `Pause`.", _gates, guarantees=("G1",)
+    ),
     "order_by": Option(
         None,
         "`key`: messages of one key are handled one at a time, in order, also over retries.",
         _one_of("key", None),
         str,
+        guarantees=("G9",),
     ),
     "start": Option(
         "earliest",
@@ -274,21 +301,26 @@ OPTIONS: dict[str, Option] = {
         "connection is the limit.",
         _count,
         int,
+        guarantees=("G1",),
     ),
     "max_demand": Option(
         None,
         "The window: the most messages held unsettled; None: it follows the measured rate, up to 1,000 or more.",
         _optional(_count),
         int,
+        guarantees=("G1", "G6"),
     ),
-    "max_buffer_bytes": Option(64 * 1024 * 1024, "The most body bytes held.", _count, int),
+    "max_buffer_bytes": Option(64 * 1024 * 1024, "The most body bytes held.", _count, int, guarantees=("G12",)),
     "max_payload": Option(
         None,
         "Body bytes over which a message goes to dead letters undecoded; None: the broker's limit.",
         _optional(_count),
         int,
+        guarantees=("G13",),
     ),
-    "buffer_time": Option(0.25, "Seconds of work that the automatic window holds.", _seconds, float),
+    "buffer_time": Option(
+        0.25, "Seconds of work that the automatic window holds.", _seconds, float, guarantees=("G1",)
+    ),
     "payload": Option(None, "The payload's type, where it cannot be read from the handler's annotation.", _anything),
 }
 

@@ -114,7 +114,7 @@ def test_a_group_that_is_not_there_yet_is_not_made(sluiceway: Command, here: Pat
         (("--max-seconds", "0"), 1),
         (("--max-messages", "1", "--only", "orders"), 0),
     ],
-    ids=" ".join,
+    ids=range(5),
 )
 def test_the_exit_code_says_whether_more_waits_than_is_allowed(
     sluiceway: Command, arguments: tuple[str, ...], code: int

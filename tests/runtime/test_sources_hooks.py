@@ -254,3 +254,25 @@ async def test_a_closed_gate_is_not_waited_for() -> None:
     assert asyncio.get_running_loop().time() - before < 1
     assert broker.log.count("prepare_for_draining") == 1
     assert [entry.body for entry in broker.waiting] == [b"last"]
+
+
+async def test_one_of_several_that_fails_then_keeps_nothing_of_the_others_from_being_handled() -> None:
+    broker = HookedBroker(last=["last"])
+
+    async def handle(message: Message[bytes]) -> None: ...
+
+    def fail_then(source: RecordingSource) -> None:
+        receive = source.receive
+
+        async def receive_or_raise(demand: int) -> Sequence[Message[Any]]:
+            if source.stopped:
+                raise ConnectionError("gone")
+            return await receive(demand)
+
+        source.receive = receive_or_raise  # type: ignore[method-assign]
+
+    async with running(Pipeline(broker.open, handle, sources=3), broker):
+        await asyncio.sleep(1)
+        fail_then(broker.sources[0])
+        fail_then(broker.sources[1])
+    assert len(broker.acked) == 1

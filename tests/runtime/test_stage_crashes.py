@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from sluiceway import Batch, Message, Pipeline, PipelineFailed, Retry
+from sluiceway import Batch, Message, Pause, Pipeline, PipelineFailed, Retry
 from sluiceway.message import Settlement
 
 from .recording import Broker, bodies, running
@@ -173,3 +174,40 @@ async def test_a_handler_that_raises_what_is_no_error_fails_its_message_alone() 
         await broker.settled(3)
     assert [one.id for one in broker.dead] == ["m2"]
     assert len(broker.sources) == 1
+
+
+async def test_a_gate_that_raises_when_a_pipeline_comes_leaves_no_source_open() -> None:
+    class Broken(Pause):
+        def on_change(self, call: Any) -> None:
+            raise RuntimeError("no more listeners")
+
+    broker = Broker(*bodies(3))
+    with pytest.raises(PipelineFailed, match="no more listeners"):
+        await Pipeline(broker.open, same, gates=[Broken()], max_restarts=2).run()
+    assert len(broker.sources) == 3
+    broker.check()
+
+
+async def test_when_no_thread_can_be_started_for_the_leases_the_source_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Renews:
+        def renew(self, tokens: Sequence[Any]) -> Sequence[Any]:
+            return ()
+
+        def close(self) -> None: ...
+
+    start = threading.Thread.start
+
+    def full(thread: threading.Thread) -> None:
+        if thread.name.endswith("leases"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    broker = Broker(*bodies(3))
+    broker.lease, broker.renewer = 30.0, Renews
+    monkeypatch.setattr(threading.Thread, "start", full)
+    with pytest.raises(PipelineFailed, match="can't start new thread"):
+        await Pipeline(broker.open, same, max_restarts=2).run()
+    assert len(broker.sources) == 3
+    broker.check()

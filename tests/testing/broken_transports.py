@@ -41,8 +41,11 @@ class GivesTooMany(_Faulty):
 class LosesWhatArrivesAtAStop(_Faulty):
     async def receive(self, source: Any, receive: Any, demand: int) -> Sequence[Message[Any]]:
         messages = await receive(demand)
-        await asyncio.sleep(0)
-        return [] if source.status().state == "stopped" else messages
+        await asyncio.sleep(0)  # a stop that comes here takes them away
+        if source.status().state == "stopped":
+            await MemorySource.settle(source, messages, [])
+            return []
+        return messages
 
 
 class SuspectsNobody(_Faulty):

@@ -27,7 +27,7 @@ from {module} import {transport} as MyTransport
 class Mine(Broker):
     name = "mine"
     virtual = True
-    server = {server}
+    remote = {remote}
 
     def __init__(self):
         self.transport = MyTransport(max_payload=100_000)
@@ -49,28 +49,33 @@ def broker():
 """
 
 CONFTEST = """
+import os
 from pathlib import Path
 from sluiceway.testing.acceptance.report import Report
 
 def pytest_configure(config):
     config.pluginmanager.register(Report(Path("out/guarantees.json")))
+
+def pytest_collection_modifyitems(items):
+    only = os.environ.get("ONLY")
+    items[:] = [item for item in items if not only or only in item.get_closest_marker("guarantee").args]
 """
 
 
 def run(
-    folder: Path, *options: str, broken: str = "", ini: str = "", ci: str = "", server: bool = False
+    folder: Path, *options: str, broken: str = "", ini: str = "", ci: str = "", only: str = "", remote: bool = False
 ) -> tuple[str, int]:
-    """What pytest says of a third party's module, and its exit code."""
+    """What pytest says of a third party's module, and its exit code; with `only` the tests of that guarantee."""
     module = "tests.testing.broken_transports" if broken else "sluiceway.transports.memory"
-    text = MODULE.format(module=module, transport=broken or "MemoryTransport", server=server)
+    text = MODULE.format(module=module, transport=broken or "MemoryTransport", remote=remote)
     (folder / "test_mine.py").write_text(text)
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "pytest.ini").write_text(f"[pytest]\n{ini}\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     done = subprocess.run(
-        command, cwd=folder, env={**environment, "CI": ci, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=100, check=False,
+        command, cwd=folder, env={**environment, "CI": ci, "ONLY": only, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     return done.stdout + done.stderr, done.returncode
 
@@ -114,18 +119,18 @@ def test_a_run_with_a_failure_leaves_the_row_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "guarantees.json").read_text() == before
 
 
-@pytest.mark.parametrize(("ci", "server", "code"), [("", True, 0), ("1", True, 1), ("1", False, 0)])
+@pytest.mark.parametrize(("ci", "remote", "code"), [("", True, 0), ("1", True, 1), ("1", False, 0)])
 def test_in_ci_a_method_that_a_broker_with_a_server_lacks_fails_the_run(
-    tmp_path: Path, ci: str, server: bool, code: int
+    tmp_path: Path, ci: str, remote: bool, code: int
 ) -> None:
-    said, found = run(tmp_path, "-k", "outlives_its_connections", "-rs", ci=ci, server=server)
+    said, found = run(tmp_path, "-k", "outlives_its_connections_and", "-rs", ci=ci, remote=remote)
     assert found == code, said
-    assert ("the broker has no interrupt()" if server else "n/a: there is no server") in said
+    assert ("the broker has no interrupt()" if remote else "n/a: there is no server") in said
 
 
 @pytest.mark.parametrize("broken", FAULTS, ids=lambda broken: broken.__name__)
-def test_a_transport_with_a_fault_fails(tmp_path: Path, broken: type) -> None:
-    said, code = run(tmp_path, "-p", "no:xdist", "--tb=no", broken=broken.__name__)
+def test_the_tests_of_a_guarantee_fail_a_transport_that_breaks_it(tmp_path: Path, broken: type) -> None:
+    said, code = run(tmp_path, "-p", "no:xdist", "--tb=no", broken=broken.__name__, only=FAULTS[broken])
     assert code == 1, said[-3000:]
     assert re.search(rf"^{FAULTS[broken]} +\d+ failed$", said, re.MULTILINE), said[-3000:]
 

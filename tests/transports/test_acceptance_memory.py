@@ -16,7 +16,7 @@ class MemoryBroker(Broker):
 
     name = "memory"
     virtual = True
-    server = False
+    remote = False
 
     def __init__(self) -> None:
         self._transport = MemoryTransport(max_payload=100_000)

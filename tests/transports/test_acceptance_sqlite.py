@@ -14,7 +14,7 @@ from sluiceway.transports.sqlite import SQLiteTransport
 
 class SQLiteBroker(Broker):
     name = "sqlite"
-    server = False
+    remote = False
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "acceptance.db"

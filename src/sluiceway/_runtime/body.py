@@ -34,6 +34,9 @@ class Body:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         task, self._task = self._task, None
-        if task is None or not self._cut or asyncio.current_task() is not task:  # a fixture may leave in another task
+        if task is None or not self._cut:
+            return False
+        here = asyncio.current_task() is task  # a fixture may leave in another
+        if not here:
             return False
         return task.uncancel() <= self._before and isinstance(error, asyncio.CancelledError)

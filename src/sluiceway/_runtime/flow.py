@@ -17,6 +17,7 @@ from .drain import Drain, Drained
 from .failures import Failures
 from .intake import Intake
 from .leases import LeaseKeeper
+from .merged import MergedSource
 from .ordering import LaneKeeper
 from .prepare import Preparer, after_prepare
 from .processors import AsyncProcessors, Processors
@@ -77,6 +78,8 @@ class Flow:
             self.intake.waiting_in_lanes = lambda: self.lanes.waiting if self.lanes is not None else 0
         if spec.batchers:
             self.settler.occupancy.unstarted = lambda: self.processors.unstarted + self.intake.waiting_in_lanes()
+        if isinstance(source, MergedSource):
+            source.keep(self._on_thread)
         self._spans = Spans(spec, telemetry)
         self.leases = LeaseKeeper(spec.name, source, self.settler)
         self._stop = asyncio.Event()
@@ -115,13 +118,13 @@ class Flow:
         Raises what a stage raised, after a drain: what runs then ends, and is settled if the source still can. Whatever
         happens, the source is closed, so that what is unsettled goes back.
         """
-        self.leases.start()
-        self.telemetry.watch(self._listeners_changed)
-        self._listeners_changed()
         sending = asyncio.create_task(self.settler.run(), name=f"{self.spec.name}: settler")
         receiving = asyncio.create_task(self.intake.run(), name=f"{self.spec.name}: intake")
         stopping = asyncio.create_task(self._stop.wait())
         try:
+            self.leases.start()
+            self.telemetry.watch(self._listeners_changed)
+            self._listeners_changed()
             await asyncio.wait((sending, receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
                 self._crashed(self._why_ended(sending if sending.done() else receiving))

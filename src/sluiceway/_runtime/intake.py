@@ -72,7 +72,7 @@ class Intake:
         self.last = False  # what is received now is handled, though a drain has begun
         self.draining = asyncio.Event()  # and has released what had not started
         self._prepare_for_draining = getattr(source, "prepare_for_draining", None)
-        self._returns_failed = getattr(source, "returns_failed", False)
+        self._may_have_failed = spec.prepare is not None or getattr(source, "returns_failed", False)
         self._apart = False  # the last receive had suspects
         self._ran_dry = True  # the processors had nothing more to do when the last receive returned
         self._told_full = False  # that the window is full, since the last receive
@@ -137,7 +137,7 @@ class Intake:
     @property
     def _in_order(self) -> bool:
         """Whether somebody is to hear of a receive before its messages are handled."""
-        return Received in self.telemetry.attached or self.prepare is not None or self._returns_failed
+        return Received in self.telemetry.attached or self.prepare is not None
 
     def _answered(self, count: int, demand: int) -> None:
         """The receive brought `count` messages, or raised."""
@@ -241,8 +241,6 @@ class Intake:
         )
 
     async def _admit(self, messages: Sequence[Message[Any]]) -> None:
-        if self._returns_failed:
-            messages = await self._fail_failed(messages)
         sizes = [len(message.body) for message in messages if not message.suspect]  # one pass for both questions
         suspected = len(sizes) < len(messages)
         if suspected:
@@ -250,7 +248,7 @@ class Intake:
         largest = max(sizes, default=0)
         self.window.saw_body(largest)
         if self.spec.max_payload is not None and largest > self.spec.max_payload:
-            messages = await self._reject_oversized(messages, self.spec.max_payload)
+            self._fail_oversized(messages, self.spec.max_payload)
         if self.quarantine is not None and suspected:
             if not self._apart:
                 log.warning("%s: a process died with messages in hand; they run apart from the others", self.spec.name)
@@ -270,26 +268,22 @@ class Intake:
         self._queue(messages)
 
     def _queue(self, messages: Sequence[Message[Any]]) -> None:
-        self.queue.put(messages)
+        if self._may_have_failed:
+            self.queue.put_checked(messages)
+        else:
+            self.queue.put(messages)
         if self.spec.batchers:
             self.settler.occupancy.queued(self._loop.time(), self.processors.unstarted)
         if Queued in self.telemetry.attached and messages:
             unstarted = self.processors.unstarted + self.waiting_in_lanes()
             self.telemetry.emit(Queued(consumer=self.spec.name, count=len(messages), unstarted=unstarted))
 
-    async def _fail_failed(self, messages: Sequence[Message[Any]]) -> list[Message[Any]]:
-        await self.failures.failed([message for message in messages if message.error is not None])
-        return [message for message in messages if message.error is None]
-
-    async def _reject_oversized(self, messages: Sequence[Message[Any]], limit: int) -> list[Message[Any]]:
-        kept = []
+    def _fail_oversized(self, messages: Sequence[Message[Any]], limit: int) -> None:
+        """These fail in their turn, so that a retry of one keeps the order of its key."""
+        self._may_have_failed = True
         for message in messages:
-            if len(message.body) <= limit:
-                kept.append(message)
-                continue
-            message.error = DecodeError(f"the body has {len(message.body)} bytes; max_payload allows {limit}")
-            await self.failures.failed((message,))
-        return kept
+            if len(message.body) > limit and message.error is None:
+                message.error = DecodeError(f"the body has {len(message.body)} bytes; max_payload allows {limit}")
 
     @property
     def closed(self) -> bool:

@@ -30,8 +30,9 @@ class LeaseKeeper:
     def start(self) -> None:
         if self.source.renewer is not None and self.source.lease is not None:
             renew = (self.source.renewer, self.source.lease / 3)
-            self._thread = threading.Thread(target=self._run, args=renew, name=f"{self.name}: leases", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, args=renew, name=f"{self.name}: leases", daemon=True)
+            thread.start()
+            self._thread = thread
 
     async def stop(self) -> None:
         """Stop renewing. Idempotent."""

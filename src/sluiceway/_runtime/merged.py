@@ -51,7 +51,8 @@ class MergedSource:
     given is still settled through it; it is closed when the last of that is settled, and what cannot be settled any
     more comes again. When no source is left open, `receive` raises what the last one raised.
 
-    A `settle` that raises in one source is repeated for that source alone; acks that gather meanwhile wait for it.
+    What one source cannot settle, since that raises or does not answer, is `Later`: the runtime settles it again, and
+    what the others gave does not wait for that.
     """
 
     def __init__(
@@ -155,9 +156,14 @@ class MergedSource:
         """After a stop: what sources with `prepare_for_draining` still have."""
         for place in self._places:
             if place.call is None and place.opened is not None and hasattr(place.opened.source, "prepare_for_draining"):
-                messages = await place.opened.source.receive(demand)
+                opened = place.opened
+                try:
+                    messages = await opened.source.receive(demand)
+                except Exception as error:  # the others may have some still
+                    self._failed(place, opened, error)
+                    continue
                 if messages:
-                    return self._owners.own(place.opened, messages)
+                    return self._owners.own(opened, messages)
         return []
 
     # -- a source that fails -------------------------------------------------------------------------------------
@@ -217,6 +223,10 @@ class MergedSource:
         task.add_done_callback(self._background.discard)
 
     # -- settling ------------------------------------------------------------------------------------------------
+
+    def keep(self, on_thread: Callable[[Message[Any]], bool]) -> None:
+        """`on_thread` says whether a thread runs a message: a source that is closed while others go on keeps it."""
+        self._owners.on_thread = on_thread
 
     async def settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
         return await self._owners.settle(acks, others)
@@ -285,7 +295,10 @@ class MergedSource:
             return
         self._closed = True
         self.stop()
-        tasks = [task for place in self._places for task in (place.call, place.reopening) if task is not None]
+        tasks: list[asyncio.Task[Any]] = [
+            task for place in self._places for task in (place.call, place.reopening) if task is not None
+        ]
+        tasks += [call for opened in (*self._open(), *self._retired) for call in opened.settling.values()]
         for task in tasks:
             task.cancel()
         if tasks:

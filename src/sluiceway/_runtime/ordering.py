@@ -46,8 +46,10 @@ class LaneKeeper:
     def put(self, messages: Sequence[Message[Any]]) -> None:
         start, back = self._lanes.enter(messages, max(1, self._window.size // 2))
         if start:
-            self._processors.put(start)
+            self._processors.put_checked(start)
         self._park(back)
+
+    put_checked = put  # what waits in a lane may have failed, so that is looked at whenever one starts
 
     def arrived(self, messages: Sequence[Message[Any]]) -> None:
         """These are about to be put. A lane that is shut now may be open then; they must not pass what goes back."""
@@ -93,7 +95,7 @@ class LaneKeeper:
     def _start(self, following: Message[Any] | None) -> None:
         while following is not None:
             if following.state == QUEUED:
-                self._processors.put((following,))
+                self._processors.put_checked((following,))
                 return
             following = self._lanes.finish(following)  # its lease was lost while it waited
 

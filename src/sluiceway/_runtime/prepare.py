@@ -27,8 +27,8 @@ class Preparer:
     """Calls `prepare` between intake and processors, one receive at a time and in order.
 
     It settles nothing. A message that it failed, that cannot be decoded, or whose `prepare` raised, goes its usual way
-    with its error set, and its processor fails it without running the handler: so lanes keep their order, and a failure
-    has one way to its settlement.
+    with its error set, and fails in its turn without running the handler: so lanes keep their order, and a failure has
+    one way to its settlement.
     """
 
     def __init__(self, spec: PipelineSpec, settler: PipelineSettler, hook: PrepareHook) -> None:
@@ -56,11 +56,14 @@ class Preparer:
         finally:
             self._messages = ()
         for message in messages:
-            message.value = _Prepared(message.payload, message.value)
+            if message.error is None:
+                message.value = _Prepared(message.payload, message.value)
             self.settler.handler_ended(message)  # of one that was acked here
         return [message for message in messages if message.state == QUEUED]
 
     def _decode(self, message: Message[Any]) -> bool:
+        if message.error is not None:
+            return False  # it came so
         decode = self.spec.decode
         message.settler = self.settler
         try:
@@ -116,16 +119,12 @@ def after_prepare(spec: PipelineSpec) -> PipelineSpec:
 
     async def handle_prepared(message: Message[Any]) -> Any:
         message.payload, message.value = message.value
-        if message.error is not None:
-            return None  # the processor fails it
         value = await handle(message)
         message.value = None  # the batch gets what the handler returned
         return value
 
     def handle_on_thread(message: Message[Any]) -> Any:
         message.payload, message.value = message.value
-        if message.error is not None:
-            return None
         value = handle(message)
         if inspect.isawaitable(value):
             raise returned_awaitable(handle, value)

@@ -13,18 +13,19 @@ from .._decisions.ahead import Ahead
 from ..errors import HandlerTimeout, KilledItsProcess, Release
 from ..message import QUEUED, RUNNING, Handler, Message
 from .batchers import Batchers
+from .endings import Endings
 from .failures import Failures
 from .processors import AsyncProcessors
 from .settler import PipelineSettler
 from .spans import Span, Spans
 from .spec import PipelineSpec
-from .unset import no, nothing, nothing_with, raise_it
+from .unset import no
 from .worker import Worker
 from .worker_pool import WorkerPool
 from .worker_words import NOTHING, More, outgoing_of
 
 
-class ProcessProcessors:
+class ProcessProcessors(Endings):
     """Up to `concurrency` worker processes, each with one handler at a time.
 
     What waits in a worker behind the message that it runs counts as unstarted, but cannot be taken back at once: it is
@@ -40,23 +41,13 @@ class ProcessProcessors:
         give_back: Callable[[list[Message[Any]]], object],
     ) -> None:
         assert spec.remote is not None
-        self.spec = spec
-        self.settler = settler
-        self.batchers = batchers
-        self.failures = failures
-        self.on_idle: Callable[[], None] = nothing
-        self.on_finished: Callable[[Message[Any]], None] | None = None
-        self.on_crash: Callable[[BaseException], None] = raise_it
-        self.on_exhausted: Callable[[], None] = nothing
-        self.on_abandoned: Callable[[Message[Any]], None] = nothing_with
+        super().__init__(spec, settler, batchers, failures)
         self.still_on_thread: Callable[[Message[Any]], bool] = no
         self.pool = WorkerPool(spec.name, spec.remote, spec.concurrency, self, ahead=Ahead(), timeout=spec.timeout)
         self._give_back = give_back
-        self._failing: set[asyncio.Task[None]] = set()
         self._span_of_run: Callable[[str], Span] | None = None
         self._span_of_message: Callable[[Message[Any]], Span] | None = None
         self._spans: dict[Message[Any], tuple[Span | None, Span | None]] = {}
-        self._loop = asyncio.get_running_loop()
 
     def listeners_changed(self, spans: Spans) -> None:
         self._span_of_run, self._span_of_message = spans.of_runs(), spans.of_messages()
@@ -74,7 +65,6 @@ class ProcessProcessors:
         return self.pool.idle
 
     def put(self, messages: Sequence[Message[Any]]) -> None:
-        """Queue messages, in order."""
         self.pool.put(messages)
 
     def take_unstarted(self) -> list[Message[Any]]:
@@ -84,14 +74,13 @@ class ProcessProcessors:
         return False
 
     def cancel(self) -> int:
-        return self.pool.cut_off_all(Release("shutdown"))
+        return self.pool.cut_off_all(Release("shutdown")) + self._cancel_failing()
 
     async def end(self) -> None:
         await self.pool.end()
 
     def close(self) -> Collection[asyncio.Task[None]]:
-        for task in self._failing:
-            task.cancel()
+        self._cancel_failing()
         return self.pool.close() | self._failing
 
     # -- what the pool calls -------------------------------------------------------------------------------------
@@ -123,11 +112,13 @@ class ProcessProcessors:
         try:
             take_over(message, more, self.settler)
             if error is None and message.state == RUNNING:
+                if self.spec.batchers:
+                    self._decode(message)  # it was, in the worker; the batch handler may look at the payload here
                 self._succeed(message, more.value)
         except Exception as raised:
             error = error or raised
         if error is not None:
-            self._fail(message, error)
+            self._failed(message, error)
 
     def given_back(self, messages: list[Message[Any]]) -> None:
         self._give_back([message for message in messages if message.state == QUEUED])
@@ -142,37 +133,16 @@ class ProcessProcessors:
 
     # -- messages ------------------------------------------------------------------------------------------------
 
-    def _succeed(self, message: Message[Any], value: Any) -> None:
-        """Raises what fails the message after all."""
-        if not self.spec.batchers:
-            self.settler.ack(message)
-        else:
-            self._decode(message)  # it was, in the worker; the batch handler may look at the payload here
-            change = self.batchers.take(message, value)
-            if change is not None:
-                self.batchers.changed(message, change)
-        if self.on_finished is not None:
-            self.on_finished(message)
-
-    def _fail(self, message: Message[Any], error: BaseException) -> None:
+    def _failed(self, message: Message[Any], error: BaseException) -> None:
         message.error = error
         hooks = self.spec.on_error is not None or self.spec.on_failed is not None
         if hooks and not isinstance(error, (KilledItsProcess, HandlerTimeout)):  # for decoding may be what did that
             with contextlib.suppress(Exception):
                 self._decode(message)
-        task = self._loop.create_task(self.failures.failed((message,)))
-        self._failing.add(task)
-        task.add_done_callback(self._failing_ended)
+        self._fail((message,))
 
     def _decode(self, message: Message[Any]) -> None:
         message.payload = message.body if self.spec.decode is None else self.spec.decode(message.body)
-
-    def _failing_ended(self, task: asyncio.Task[None]) -> None:
-        self._failing.discard(task)
-        crash = None if task.cancelled() else task.exception()
-        if crash is not None:
-            self.on_crash(crash)
-        self.on_idle()
 
     def _note_occupancy(self) -> None:
         running = self.pool.running

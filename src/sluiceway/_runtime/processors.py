@@ -11,11 +11,12 @@ from typing import Any, Protocol
 from ..errors import HandlerTimeout, Release
 from ..message import QUEUED, RUNNING, SETTLED, Handler, Message
 from .batchers import Batchers
+from .endings import Endings
 from .failures import Failures
 from .settler import PipelineSettler
 from .spans import Span, Spans
 from .spec import PipelineSpec
-from .unset import no, nothing, nothing_with, raise_it
+from .unset import no
 
 log = logging.getLogger("sluiceway")
 
@@ -27,7 +28,13 @@ SWEEPS = 20  # how often per `timeout` the sweep looks; a timeout is late by at 
 class Queue(Protocol):
     """Where messages go to be handled: the processors, or the lanes before them."""
 
-    def put(self, messages: Sequence[Message[Any]]) -> None: ...
+    def put(self, messages: Sequence[Message[Any]]) -> None:
+        """Queue messages, in order."""
+        ...
+
+    def put_checked(self, messages: Sequence[Message[Any]]) -> None:
+        """The same, but that those whose `error` is set fail in their turn, and are not handled."""
+        ...
 
 
 class Processors(Queue, Protocol):
@@ -59,7 +66,6 @@ class Processors(Queue, Protocol):
         """Whether a processor has nothing to do."""
         ...
 
-    def put(self, messages: Sequence[Message[Any]]) -> None: ...
     def take_unstarted(self) -> list[Message[Any]]:
         """Take back every message whose handler was not entered."""
         ...
@@ -99,7 +105,7 @@ class Slot:
         self.span: Span | None = None  # of its run, when somebody listens
 
 
-class AsyncProcessors:
+class AsyncProcessors(Endings):
     """Up to `concurrency` tasks over one deque.
 
     There is no task and no future per message: a processor takes message after message, lets the loop turn after a run
@@ -108,27 +114,17 @@ class AsyncProcessors:
     """
 
     def __init__(self, spec: PipelineSpec, settler: PipelineSettler, batchers: Batchers, failures: Failures) -> None:
-        self.spec = spec
-        self.settler = settler
-        self.batchers = batchers
-        self.failures = failures
-        self.on_idle: Callable[[], None] = nothing
-        self.on_finished: Callable[[Message[Any]], None] | None = None  # a handler returned and did not fail
-        self.on_crash: Callable[[BaseException], None] = raise_it
-        self.on_exhausted: Callable[[], None] = nothing
-        self.on_abandoned: Callable[[Message[Any]], None] = nothing_with  # for lanes: its handler runs on, overdue
+        super().__init__(spec, settler, batchers, failures)
         self.still_on_thread: Callable[[Message[Any]], bool] = no
         self._handle: Handler = spec.handle  # looked up for each message: listeners come and go
         self._span_of_run: Callable[[str], Span] | None = None
         self._in_run = 0  # processors within a run
         self._abandoned: set[Slot] = set()  # until their handlers end, if ever
-        self._failing: set[asyncio.Task[None]] = set()
         self._closed = False
         self._ready: deque[Message[Any]] = deque()
         settler.following = self._ready
         self._sleepers: list[asyncio.Future[None]] = []
         self._slots: set[Slot] = set()
-        self._loop = asyncio.get_running_loop()
         self._sweep: asyncio.TimerHandle | None = None
         if spec.timeout is not None:
             self._sweep = self._loop.call_later(spec.timeout / SWEEPS, self._sweep_slots, spec.timeout)
@@ -150,7 +146,6 @@ class AsyncProcessors:
         return bool(self._sleepers) or len(self._slots) < self.spec.concurrency
 
     def put(self, messages: Sequence[Message[Any]]) -> None:
-        """Queue messages, in order."""
         self._ready.extend(messages)
         self._wake_one()
 
@@ -166,7 +161,7 @@ class AsyncProcessors:
         running = [slot for slot in self._slots if slot.message is not None]
         for slot in running:
             self._cancel(slot, "shutdown")
-        return len(running)
+        return len(running) + self._cancel_failing()
 
     async def end(self) -> None:
         pass
@@ -206,12 +201,6 @@ class AsyncProcessors:
             self._wake_one()  # somebody cancelled it between two messages: another takes its place
         self._run_ended(slot, asyncio.CancelledError() if task.cancelled() else task.exception())
         self._look_for_crash(task)
-
-    def _look_for_crash(self, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            self.on_crash(error)
-        self.on_idle()
 
     def _run_started(self, slot: Slot) -> None:
         slot.in_run = True
@@ -404,12 +393,6 @@ class AsyncProcessors:
         if self._keeps_lane(message):
             self._hold(slot, message, message.error)
             return
-        task = self._loop.create_task(self.failures.failed((message,)))
-        self._failing.add(task)
-        task.add_done_callback(self._failing_ended)
+        self._fail((message,))
         self._give_place(slot)
         self._leave_run(slot)  # its message is settled, though the handler runs on
-
-    def _failing_ended(self, task: asyncio.Task[None]) -> None:
-        self._failing.discard(task)
-        self._look_for_crash(task)

@@ -18,6 +18,7 @@ from ..source import Source
 from ..telemetry import Published, Settled, SettleRefused, Telemetry
 from .acknowledgers import Acknowledgers, cancelled_from_outside
 from .chance import draw
+from .owners import Later
 from .spec import PipelineSpec
 from .unset import nothing
 
@@ -50,6 +51,9 @@ class PipelineSettler:
         self.acknowledgers = Acknowledgers(spec.name, spec.acknowledgers) if spec.acknowledgers else None
         self._at_once = getattr(source, "settles_at_once", False) and not spec.acknowledgers
         self._others: list[Settlement] = []
+        self._late: list[Settlement] = []  # what one of several sources could not settle yet; demand goes on
+        self._late_tries = 0
+        self._late_timer: asyncio.TimerHandle | None = None
         self._try_stuck = False
         self._stuck_timer: asyncio.TimerHandle | None = None
         self._troubles: dict[str, str] = {}  # by what cannot be sent: why
@@ -136,7 +140,7 @@ class PipelineSettler:
 
     def _acked(self, batch: list[Message[Any]], refused: Sequence[Refused]) -> None:
         if refused and (rejected := _rejected(refused)):
-            self._keep([Settlement(message, "ack") for message in batch if id(message) in rejected])
+            self._keep([Settlement(message, "ack") for message in batch if id(message) in rejected], refused)
             batch = [message for message in batch if id(message) not in rejected]
         self.held.difference_update(batch)
         if Settled in self.telemetry.attached and (taken := len(batch) - sum(one.kind == "lost" for one in refused)):
@@ -229,13 +233,14 @@ class PipelineSettler:
 
     def close(self) -> None:
         """Try what the broker rejected no more."""
-        if self._stuck_timer is not None:
-            self._stuck_timer.cancel()
+        for timer in (self._stuck_timer, self._late_timer):
+            if timer is not None:
+                timer.cancel()
 
     @property
     def unsent(self) -> int:
         """Settlements that the broker does not have yet, but for those it rejects."""
-        return len(self.acks) + len(self._others) + self._sending
+        return len(self.acks) + len(self._others) + len(self._late) + self._sending
 
     def _wake(self) -> None:
         self.scheduled = False
@@ -265,7 +270,7 @@ class PipelineSettler:
                 refused = await self._insist("settlements", (), batch)
                 rejected = _rejected(refused)
                 del self.stuck[:tried]  # what was rejected meanwhile is behind those, and stays
-                self._keep([one for one in batch if id(one.message) in rejected])
+                self._keep([one for one in batch if id(one.message) in rejected], refused)
                 batch = [one for one in batch if id(one.message) not in rejected]
                 self._ended([one.message for one in batch], refused)
                 lost = {id(one.message) for one in refused}
@@ -311,7 +316,8 @@ class PipelineSettler:
         self.finished += len(messages)
         self.occupancy.finished(self._loop.time(), len(messages), len(self.held))
         for one in refused:
-            self._say_refused(one)
+            if not isinstance(one, Later):
+                self._say_refused(one)
         if self._waiters:
             self._answer(messages, {id(one.message) for one in refused})
         if self.on_ended is not None:
@@ -348,9 +354,11 @@ class PipelineSettler:
                 )
             )
 
-    def _keep(self, rejected: list[Settlement]) -> None:
+    def _keep(self, rejected: list[Settlement], refused: Sequence[Refused]) -> None:
         """Try what the broker rejected again in a while; until then it stays held and unsettled."""
-        self.stuck.extend(rejected)
+        late = {id(one.message): one for one in refused if isinstance(one, Later)}
+        self._put_off([one for one in rejected if id(one.message) in late], next(iter(late.values()), None))
+        self.stuck.extend(one for one in rejected if id(one.message) not in late)
         if not self.stuck:
             if self._troubles.pop("rejected", None):
                 self.on_stuck()
@@ -359,6 +367,26 @@ class PipelineSettler:
         if self._stuck_timer is None:
             self._stuck_timer = self._loop.call_later(reconnect_delay(6, draw()), self._retry_stuck)
             self.on_stuck()
+
+    def _put_off(self, settlements: list[Settlement], why: Later | None) -> None:
+        """Settle what one of several sources could not settle again, soon."""
+        self._late += settlements
+        if not self._late:
+            self._late_tries = 0
+            self._troubles.pop("late", None)
+        elif self._late_timer is None and why is not None:
+            delay = reconnect_delay(self._late_tries, draw())
+            self._late_tries += 1
+            text = self._troubles["late"] = f"settling {len(self._late)} messages failed: {why.detail}"
+            log.warning("%s: %s; trying again in %.2f s", self.spec.name, text, delay)
+            self._late_timer = self._loop.call_later(delay, self._retry_late)
+        self.occupancy.unsettled.step(self._loop.time(), self.unsent + len(self.stuck))
+
+    def _retry_late(self) -> None:
+        self._late_timer = None
+        self._others += self._late
+        self._late = []
+        self._other_wake.set()
 
     def _retry_stuck(self) -> None:
         self._stuck_timer = None

@@ -115,8 +115,6 @@ class Spans:
 
     def _telling(self, handle: Handler) -> Handler:
         async def handle_and_tell(message: Message[Any]) -> Any:
-            if message.error is not None:
-                return await handle(message)  # `prepare` failed it: it is not handled
             span = self._message(message)
             try:
                 value = await handle(message)
@@ -130,8 +128,6 @@ class Spans:
 
     def _telling_on_thread(self, handle: Callable[[Message[Any]], Any]) -> Callable[[Message[Any]], Any]:
         def handle_and_tell(message: Message[Any]) -> Any:
-            if message.error is not None:
-                return handle(message)
             run, span = self._run(threading.current_thread().name), self._message(message)
             failure: BaseException | None = None
             try:

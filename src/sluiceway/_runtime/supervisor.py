@@ -181,7 +181,11 @@ class Supervisor:
         source = await self._open_unless_stopped()
         if source is None:
             return
-        flow = self._flow = Flow(self.spec, source, self.telemetry)
+        try:
+            flow = self._flow = Flow(self.spec, source, self.telemetry)
+        except BaseException:  # a gate of the user's raised, perhaps
+            await uncancelled(source.aclose())
+            raise
         flow.on_exit = self.on_exit
         if self._stopping.is_set():
             flow.stop()

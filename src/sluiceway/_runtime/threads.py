@@ -14,13 +14,14 @@ from typing import Any
 from ..errors import HandlerTimeout
 from ..message import QUEUED, RUNNING, Message
 from .batchers import Batchers
+from .endings import Endings
 from .failures import Failures
 from .processors import NEARLY, SWEEPS
 from .settler import PipelineSettler
 from .spans import Spans
 from .spec import PipelineSpec
 from .thread_calls import returned_awaitable
-from .unset import always, nothing, nothing_with, raise_it
+from .unset import always
 
 log = logging.getLogger("sluiceway")
 
@@ -37,7 +38,7 @@ class _Slot:
         self.since = 0.0
 
 
-class ThreadProcessors:
+class ThreadProcessors(Endings):
     """Up to `concurrency` threads that pull from one queue.
 
     Threads take messages themselves, and the loop hears of what they finished in one call per burst, not per message.
@@ -47,15 +48,7 @@ class ThreadProcessors:
     """
 
     def __init__(self, spec: PipelineSpec, settler: PipelineSettler, batchers: Batchers, failures: Failures) -> None:
-        self.spec = spec
-        self.settler = settler
-        self.batchers = batchers
-        self.failures = failures
-        self.on_idle: Callable[[], None] = nothing
-        self.on_finished: Callable[[Message[Any]], None] | None = None
-        self.on_crash: Callable[[BaseException], None] = raise_it
-        self.on_exhausted: Callable[[], None] = nothing
-        self.on_abandoned: Callable[[Message[Any]], None] = nothing_with
+        super().__init__(spec, settler, batchers, failures)
         self.still_on_thread: Callable[[Message[Any]], bool] = always
         self._handle: Callable[[Message[Any]], Any] = spec.handle  # looked up for each message: listeners come and go
         self._abandoned: set[_Slot] = set()  # until they return, if ever
@@ -67,8 +60,6 @@ class ThreadProcessors:
         self._told = False
         self._inside = 0  # messages put and not collected
         self._slots: list[_Slot] = []
-        self._failing: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.get_running_loop()
         self._sweep: asyncio.TimerHandle | None = None
         if spec.timeout is not None:
             self._sweep = self._loop.call_later(spec.timeout / SWEEPS, self._sweep_slots, spec.timeout)
@@ -89,7 +80,6 @@ class ThreadProcessors:
         return self._inside < self.spec.concurrency
 
     def put(self, messages: Sequence[Message[Any]]) -> None:
-        """Queue messages, in order."""
         self._inside += len(messages)
         self._note_occupancy()
         for message in messages:
@@ -117,7 +107,7 @@ class ThreadProcessors:
 
     def cancel(self) -> int:
         """A thread cannot be cut off: what it runs stays unsettled, and comes back when the process is gone."""
-        return 0
+        return self._cancel_failing()
 
     async def end(self) -> None:
         pass
@@ -128,8 +118,7 @@ class ThreadProcessors:
         self._closed = True
         for _ in range(self._threads):
             self._queue.put(None)
-        for task in self._failing:
-            task.cancel()
+        self._cancel_failing()
         return list(self._failing)
 
     def _start(self) -> None:
@@ -197,8 +186,11 @@ class ThreadProcessors:
             self._inside -= 1
             if error is None:
                 error = message.error
-            if error is None:
-                error = self._finish(message, value)
+            if error is None and message.state == RUNNING:
+                try:
+                    self._succeed(message, value)
+                except Exception as raised:
+                    error = raised
             if error is not None:
                 message.error = error
                 failed.append(message)
@@ -210,34 +202,6 @@ class ThreadProcessors:
     def _note_occupancy(self) -> None:
         running = min(self._inside, self.spec.concurrency)
         self.settler.occupancy.processing(self._loop.time(), running, self.spec.concurrency - running)
-
-    def _fail(self, messages: list[Message[Any]]) -> None:
-        task = self._loop.create_task(self.failures.failed(messages))
-        self._failing.add(task)
-        task.add_done_callback(self._failing_ended)
-
-    def _finish(self, message: Message[Any], value: Any) -> BaseException | None:
-        if message.state != RUNNING:
-            return None
-        if not self.spec.batchers:
-            self.settler.ack(message)
-        else:
-            try:
-                change = self.batchers.take(message, value)
-                if change is not None:
-                    self.batchers.changed(message, change)
-            except Exception as error:
-                return error
-        if self.on_finished is not None:
-            self.on_finished(message)
-        return None
-
-    def _failing_ended(self, task: asyncio.Task[None]) -> None:
-        self._failing.discard(task)
-        crash = None if task.cancelled() else task.exception()
-        if crash is not None:
-            self.on_crash(crash)
-        self.on_idle()
 
     def _sweep_slots(self, timeout: float) -> None:
         """Abandon threads that run over `timeout`."""

@@ -103,12 +103,7 @@ def publish(
         raise click.UsageError("give --key or --key-field, not both")
     if key_field is not None and text:
         raise click.UsageError("--key-field needs JSON objects, and --text makes strings")
-    app = find_broker(reference, url)
-    if is_private(app):
-        raise Fault(
-            f"{app.broker} lives inside one process: what is published here would reach nobody; "
-            f"name another broker with --url"
-        )
+    app = _shared_broker(reference, url)
     making = Making(
         topic=topic,
         text=text,
@@ -119,12 +114,7 @@ def publish(
         limit=app.transport.features.max_payload,
     )
     make_outgoing(topic, b"", headers=making.headers, delay=delay)  # refuses what is wrong before anything is read
-    if not any(matches(pattern, topic) for one in app.consumers.values() for pattern in one.topics):
-        hint(
-            f"no consumer of the app reads {topic!r}",
-            topic,
-            [name for one in app.consumers.values() for name in one.topics],
-        )
+    _hint_unread(app, topic)
     publisher = Publisher(app, making, as_json)
     if payloads == ("-",):
         payloads, file = (), file or "-"
@@ -135,6 +125,23 @@ def publish(
     else:
         with _lines(file) as (stream, size):
             publisher.run(_batches(stream, making), size)
+
+
+def _shared_broker(reference: str | None, url: str | None) -> App:
+    app = find_broker(reference, url)
+    if is_private(app):
+        raise Fault(
+            f"{app.broker} lives inside one process: what is published here would reach nobody; "
+            f"name another broker with --url"
+        )
+    return app
+
+
+def _hint_unread(app: App, topic: str) -> None:
+    """Say when the topic looks like a misspelt one of the app's consumers."""
+    read = [name for one in app.consumers.values() for name in one.topics]
+    if not any(matches(pattern, topic) for pattern in read):
+        hint(f"no consumer of the app reads {topic!r}", topic, read)
 
 
 class Publisher:

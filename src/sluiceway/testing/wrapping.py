@@ -19,6 +19,7 @@ class SourceWrapper:
         self.lease: float | None = wrapped.lease
         self.renewer: Callable[[], Renewer] | None = wrapped.renewer
         self.settles_at_once: bool = getattr(wrapped, "settles_at_once", False)
+        self.returns_failed: bool = getattr(wrapped, "returns_failed", False)
         for optional in ("prepare_for_start", "prepare_for_draining"):
             if hasattr(wrapped, optional):
                 setattr(self, optional, getattr(wrapped, optional))
@@ -60,6 +61,7 @@ class TransportWrapper:
 
     async def connect(self) -> None:
         await self.wrapped.connect()
+        self.features = self.wrapped.features  # some are known only now
 
     async def ensure(self, subscriptions: Sequence[Subscription], *, create: bool) -> Sequence[Finding]:
         return await self.wrapped.ensure(subscriptions, create=create)

@@ -25,8 +25,8 @@ class Broker:
 
     - `name`: what the report calls the transport.
     - `virtual`: it lives in this process and in virtual time. No other process reaches it.
-    - `server`: it runs elsewhere: connections can be cut, and programs without Sluiceway can publish. Then a test that
-      needs a method that is not written counts as skipped; else as one that does not apply.
+    - `remote`: a server of its own: connections can be cut, and programs without Sluiceway can publish. Then a test
+      that needs a method that is not written counts as skipped; else as one that does not apply.
     - `moment`: seconds in which nothing that should not come has come. Most tests that wait, wait for this long.
     - `step`: seconds; the shortest delay that the tests use, the others being small multiples of it.
     - `early`, `late`: seconds that a delayed message may come before and after its time. A ladder is late by a rung.
@@ -36,7 +36,7 @@ class Broker:
 
     name: str = ""
     virtual: ClassVar[bool] = False
-    server: ClassVar[bool] = True
+    remote: ClassVar[bool] = True
     moment: float = 0.1
     step: float = 0.1
     early: float = 0.01

@@ -87,4 +87,4 @@ def _check_applies(kit: Kit, needs: Sequence[str], hooks: Sequence[str], lacks: 
         pytest.skip(f"n/a: features.{lacks} is {getattr(kit.features, lacks)!r}")
     for name in hooks:
         if getattr(type(kit.broker), name) is getattr(Broker, name):
-            pytest.skip(f"the broker has no {name}()" if kit.broker.server else "n/a: there is no server")
+            pytest.skip(f"the broker has no {name}()" if kit.broker.remote else "n/a: there is no server")

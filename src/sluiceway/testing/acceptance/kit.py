@@ -65,25 +65,27 @@ class Kit:
             assert not self.features.retains, f"{topic} was refused, though features.retains"
 
     async def get(self, source: Source, count: int) -> list[Message[Any]]:
-        """Receive exactly so many messages. Fails when they do not come."""
+        """Receive exactly so many messages, and hold them. Fails when they do not come."""
+        return await self._receive(source, count, ack=False)
+
+    async def take(self, source: Source, count: int) -> list[Message[Any]]:
+        """Receive exactly so many messages, and ack them as they come, so that no lease ends meanwhile."""
+        return await self._receive(source, count, ack=True)
+
+    async def _receive(self, source: Source, count: int, *, ack: bool) -> list[Message[Any]]:
         messages: list[Message[Any]] = []
         try:
             async with asyncio.timeout(self.soon):
                 while len(messages) < count:
-                    messages += await source.receive(count - len(messages))
+                    got = await source.receive(count - len(messages))
+                    messages += got
+                    if ack:
+                        assert not await source.settle(got, [])
         except TimeoutError:
             raise AssertionError(
                 f"{len(messages)} of {count} messages came in {self.soon:g} s: {bodies(messages[:20])}; "
                 f"the source says {source.status()}"
             ) from None
-        return messages
-
-    async def take(self, source: Source, count: int) -> list[Message[Any]]:
-        """Receive exactly so many messages, and ack each before its lease ends, however long the last one takes."""
-        messages: list[Message[Any]] = []
-        while len(messages) < count:
-            messages.append(await self.one(source))
-            assert not await source.settle(messages[-1:], [])
         return messages
 
     async def one(self, source: Source) -> Message[Any]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from ...app import App
 from ...batch import Batch
 from ...errors import Reject, Release, RetryLater
 from ...message import Message
 from ...retry import Retry
+from ..faults import Fault, Faults, FaultyTransport
 from .guarantees import guarantee
 from .kit import Kit, bodies, numbered
 
@@ -145,6 +147,34 @@ async def test_every_way_of_a_message_ends_in_one_settlement(kit: Kit) -> None:
     assert await kit.left("t") == []
 
 
+@guarantee("G3")
+async def test_a_settle_that_is_sent_again_changes_nothing(kit: Kit) -> None:
+    """Two of three settles raise, every other one of these after the broker had done what was asked."""
+    script = [Fault("disconnect", after=bool(number % 2)) if number % 3 else None for number in range(60)]
+    faults = Faults(settle=script)
+    app, seen = App(FaultyTransport(kit.broker.client(), faults), group="g"), list[tuple[bytes, int]]()
+
+    @app.consumer("t", concurrency=3, max_demand=10, retry=quick(kit))
+    async def handle(message: Message[bytes]) -> None:
+        seen.append((message.body, message.attempt))
+        if int(message.body) % 5 == 3 and message.attempt == 1:
+            raise ValueError("not yet")
+        if int(message.body) % 5 == 4:
+            raise Reject("no")
+
+    async with app.running() as manager:
+        await kit.publish("t", *numbered(50))
+        await kit.until(lambda: len(seen) >= 60, "all are handled")
+        await kit.until(lambda: not manager.stats()[0].held, "all are settled")
+    assert faults.happened
+    assert sorted(seen) == sorted(
+        (b"%d" % number, attempt) for number in range(50) for attempt in ((1, 2) if number % 5 == 3 else (1,))
+    )
+    dead = await kit.take(await kit.open("t.g.dead"), 10)
+    assert {int(body) for body in bodies(dead)} == set(range(4, 50, 5))
+    assert await kit.left("t") == []
+
+
 @guarantee("G4")
 async def test_a_failing_message_costs_its_neighbours_nothing(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
     app, seen = kit.app(), list[bytes]()
@@ -242,6 +272,26 @@ async def test_a_retry_outlives_its_pipeline_and_holds_no_slot(kit: Kit) -> None
         await kit.until(lambda: (b"bad", 2) in seen, "it is tried again by another pipeline")
         kit.passed(began, delay)
         await kit.until(lambda: (b"bad", 3) in seen, "it is tried a third time")
+    assert await kit.left("t") == []
+
+
+@guarantee("groups", "G1")
+async def test_several_sources_of_one_pipeline_share_its_window(kit: Kit) -> None:
+    app, seen = kit.app(), list[bytes]()
+
+    @app.consumer("t", sources=3, concurrency=4, max_demand=12)
+    async def handle(message: Message[bytes]) -> None:
+        await asyncio.sleep(0.001)
+        seen.append(message.body)
+
+    most = 0
+    async with app.running() as manager:
+        await kit.publish("t", *numbered(100))
+        while len(seen) < 100:
+            most = max(most, manager.stats()[0].held)
+            await asyncio.sleep(0.002)
+    assert most <= 12
+    assert sorted(seen) == sorted(numbered(100))
     assert await kit.left("t") == []
 
 

@@ -24,7 +24,7 @@ PROPERTY = "guarantee"
 NOT_APPLICABLE = "Skipped: n/a: "
 
 Cell = dict[str, Any]
-"""What one transport shows of one guarantee: `shown` tests, `failed`, `skipped` and `not applicable`, these by reason."""
+"""What one transport shows of one guarantee: tests `shown`; `failed`, `skipped` and `not applicable` by reason."""
 
 
 class Report:

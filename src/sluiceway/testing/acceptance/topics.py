@@ -31,7 +31,8 @@ async def test_a_pattern_gets_what_it_matches(kit: Kit, pattern: str, wanted: li
     for topic in [*wanted, *others]:
         await kit.offer(topic, topic.encode())
     got = await kit.get(source, len(wanted))
-    assert kit.ordered(got) == [topic.encode() for topic in wanted]
+    expected = [topic.encode() for topic in wanted]
+    assert kit.ordered(got) == (sorted(expected) if kit.features.order == "none" else expected)
     assert all(message.topic == message.body.decode() for message in got)
     await kit.nothing(source)
 
@@ -83,9 +84,9 @@ async def test_sources_with_overlapping_topics_share_what_both_want(kit: Kit) ->
     first, second = await kit.open("a", "both"), await kit.open("both", "b")
     await kit.publish("a", b"a")
     await kit.publish("b", b"b")
-    await kit.publish("both", b"1", b"2")
     assert bodies([await kit.one(first)]) == [b"a"]
     assert bodies([await kit.one(second)]) == [b"b"]
+    await kit.publish("both", b"1", b"2")
     assert kit.ordered([await kit.one(first), await kit.one(second)]) == [b"1", b"2"]
     await kit.nothing(first, second)
 
@@ -95,7 +96,6 @@ async def test_thousands_of_topics_are_nothing_special(kit: Kit) -> None:
     count = kit.broker.topics
     source = await kit.open("many.#", window=count)
     await kit.transport.publish([Outgoing(f"many.t{number}", b"%d" % number) for number in range(count)])
-    messages = await kit.get(source, count)
+    messages = await kit.take(source, count)
     assert sorted(bodies(messages)) == sorted(numbered(count))
     assert all(message.topic == f"many.t{int(message.body)}" for message in messages)
-    assert not await source.settle(messages, [])

@@ -1,7 +1,9 @@
 """Pulling: asks the server for as many messages as there is demand, and knows when no more are on their way.
 
-First all that waits, up to the demand; when nothing does, a pull of one that waits for it. So when `pull` returns,
-nothing is on its way that nobody waits for. A pull is taken back by ending its subscription, which the server notices.
+First all that waits, up to the demand; where nothing does, a pull of one that waits for it. With one consumer nothing is
+on its way when `pull` returns; with several, those that brought nothing keep their pull of one. Pulls are taken back by
+ending their subscription. Servers up to 2.9 notice that too late (they then redeliver out of turn), so a pull that
+expires at once follows, which makes them look.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Pulls:
         self._open: dict[int, int] = {}  # what pulls may still bring, by consumer
         self._paths: dict[str, int] = {}
         self._single = True
-        self._dry = False
+        self._dry: set[int] = set()  # consumers that had no more
+        self._consumers: Sequence[Consumer] = ()
         self._turn = 0
         self._heard = 0.0
         self.reads = 0
@@ -47,6 +50,7 @@ class Pulls:
         if not self._connection.up.is_set():
             self._open.clear()
             self._sid = b""
+            self._dry.clear()
         self._wake.set()
 
     async def changed(self) -> None:
@@ -56,35 +60,36 @@ class Pulls:
 
     async def pull(self, consumers: Sequence[Consumer], demand: int, max_bytes: int) -> None:
         """Wait until something has arrived, at most `demand`, or there is another reason to look."""
-        self._listen(consumers)
-        if not self._dry:
-            asked = self._request(consumers, demand, {"no_wait": True, "max_bytes": max_bytes})
-            if not await self._until(lambda: not self._open, PATIENCE):
+        if consumers is not self._consumers:
+            await self.cancel()
+            self._consumers, self._single = consumers, len(consumers) == 1
+            self._paths = {consumer.path: index for index, consumer in enumerate(consumers)}
+            self._dry.clear()
+        self._listen()
+        free = demand - sum(self._open.values())
+        full = [index for index in range(len(consumers)) if index not in self._open and index not in self._dry]
+        if full and free > 0:
+            asked = self._send_all(full, free, {"no_wait": True, "max_bytes": max_bytes})
+            if not await self._until(lambda: asked.isdisjoint(self._open), PATIENCE):
                 await self.cancel()
-            self._dry = self._count() < asked
-        if not self.arrived and not self.stopped() and not self.trouble and self._sid:
-            few = demand < len(consumers)
-            chosen = [(self._turn + number) % len(consumers) for number in range(min(demand, len(consumers)))]
-            self._turn += len(chosen)
-            wait = {"expires": int((1.0 if few else LINGER) * 1e9)}
+        if not (self.arrived or self.stopped() or self.trouble):
+            free = demand - sum(self._open.values())
+            few = free < len(consumers) - len(self._open)
+            wait: dict[str, object] = {"expires": int((1.0 if few else LINGER) * 1e9)}
             if not few:
                 wait["idle_heartbeat"] = int(BEAT * 1e9)
-            for index in chosen:
-                self._send(index, consumers[index], 1, wait)
+            closed = [index for index in range(len(consumers)) if index not in self._open]
+            self._send_all(closed, min(free, len(closed)), wait)
             await self._linger()
-            if self._open:
-                await self.cancel()
-            self._dry = not self.arrived or read_delivery(self.arrived[-1][1][-1][1]).pending == 0
-
-    def _count(self) -> int:
-        return sum(len(frames) for _, frames in self.arrived)
+        if self._open and (self.stopped() or self.trouble):
+            await self.cancel()
 
     async def _linger(self) -> None:
         while self._open and not (self.arrived or self.stopped() or self.trouble):
             heard = self._heard
             if not await self._until(lambda: bool(self.arrived or self.stopped() or not self._open), 2 * BEAT + 1):
                 if self._heard == heard:
-                    return  # two heartbeats missed: ask anew
+                    await self.cancel()  # two heartbeats missed: ask anew
 
     async def _until(self, done: Callable[[], bool], seconds: float) -> bool:
         """Whether `done` came true in time."""
@@ -102,11 +107,9 @@ class Pulls:
                 timer.cancel()
         return True
 
-    def _listen(self, consumers: Sequence[Consumer]) -> None:
-        self._heard = time.monotonic()
-        self._single = len(consumers) == 1
-        self._paths = {consumer.path: index for index, consumer in enumerate(consumers)}
+    def _listen(self) -> None:
         if not self._sid and self._connection.up.is_set():
+            self._heard = time.monotonic()
             self._generation += 1
             name = f"p{self._number}-{self._generation}"
             self._sid, self._inbox = name.encode(), f"{self._connection.inbox}.{name}"
@@ -115,6 +118,15 @@ class Pulls:
 
     async def cancel(self) -> None:
         """Take the pulls back. What was on its way has arrived when this returns."""
+        stale = [index for index in self._open if index < len(self._consumers)]
+        await self._unsubscribe()
+        if stale:
+            self._listen()
+            self._send_all(stale, len(stale), {"expires": 1_000_000})
+            await self._until(lambda: not self._open, 1.0)
+            await self._unsubscribe()
+
+    async def _unsubscribe(self) -> None:
         sid, self._sid = self._sid, b""
         if sid:
             self._connection.write(b"UNSUB %b\r\n" % sid)
@@ -122,15 +134,16 @@ class Pulls:
             self._connection.handlers.pop(sid, None)
         self._open.clear()
 
-    def _request(self, consumers: Sequence[Consumer], demand: int, options: dict[str, object]) -> int:
-        """Share the demand among the consumers, in turn when it is less than one each."""
-        count = len(consumers)
-        share, more = divmod(demand, count)
-        for number in range(count if share else more):
-            index = (self._turn + number) % count
-            self._send(index, consumers[index], share + (number < more), options)
+    def _send_all(self, indexes: Sequence[int], demand: int, options: dict[str, object]) -> set[int]:
+        """Share the demand among consumers, in turn when it is less than one each."""
+        share, more = divmod(demand, len(indexes)) if indexes else (0, 0)
+        asked = set()
+        for number in range(len(indexes) if share else more):
+            index = indexes[(self._turn + number) % len(indexes)]
+            self._send(index, self._consumers[index], share + (number < more), options)
+            asked.add(index)
         self._turn += 1
-        return demand
+        return asked
 
     def _send(self, index: int, consumer: Consumer, batch: int, options: dict[str, object]) -> None:
         self._open[index] = batch
@@ -145,23 +158,25 @@ class Pulls:
         if messages:
             self.arrived.append((now, messages))
             if self._single:
-                self._got(0, len(messages))
+                self._got(0, len(messages), messages[-1])
             else:
                 for frame in messages:
                     delivery = read_delivery(frame[1])
-                    self._got(self._paths.get(f"{delivery.stream}.{delivery.consumer}", 0), 1)
+                    self._got(self._paths.get(f"{delivery.stream}.{delivery.consumer}", 0), 1, frame)
         if len(messages) < len(frames):
             for frame in frames:
                 if not frame[1]:
                     self._on_status(frame)
         self._wake.set()
 
-    def _got(self, index: int, count: int) -> None:
+    def _got(self, index: int, count: int, last: Frame) -> None:
         left = self._open.get(index, 0) - count
         if left > 0:
             self._open[index] = left
         else:
             self._open.pop(index, None)
+            if read_delivery(last[1]).pending:
+                self._dry.discard(index)
 
     def _on_status(self, frame: Frame) -> None:
         code = status(frame)
@@ -169,6 +184,7 @@ class Pulls:
             return
         index = int(frame[0].rpartition(b".")[2])
         self._open.pop(index, None)
+        self._dry.add(index)
         text = frame[2][13:].partition(b"\r\n")[0].decode(errors="replace")
         if code == 503 or (code == 409 and "eleted" in text):
             self.trouble[index] = text or "no such consumer"

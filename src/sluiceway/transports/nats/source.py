@@ -41,6 +41,8 @@ class NATSSource:
     """One subscription. A delivery is ours for the lease, from when it came or was renewed; after that its settle is
     refused as lost, and is not sent."""
 
+    returns_failed = True  # what a newer version sent
+
     def __init__(
         self, connection: Connection, streams: Streams, publisher: Publisher, subscription: Subscription
     ) -> None:
@@ -439,7 +441,7 @@ class NATSSource:
         """Messages that wait for this group, also for their delay, and the age of the oldest that was never handed
         out. What other processes have in hand counts as waiting: the server does not tell the two apart."""
         held = len(self._held)
-        messages, oldest = -held, time.time()
+        messages, oldest = -held, 0.0
         for consumer in await self._look():
             messages += consumer.pending + consumer.held
             if consumer.pending:
@@ -450,8 +452,9 @@ class NATSSource:
                     except ApiError:
                         continue
                     read = read_headers(base64.b64decode(stored.get("hdrs") or ""))
-                    oldest = min(oldest, read.envelope.timestamp or _stored_at(stored["time"]))
-        return Backlog(max(0, messages), max(0.0, time.time() - oldest) if messages > 0 else 0.0)
+                    age = time.time() - (read.envelope.timestamp or _stored_at(stored["time"]))
+                    oldest = max(oldest, age)
+        return Backlog(max(0, messages), oldest)
 
     # -- the end
 

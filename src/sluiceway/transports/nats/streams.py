@@ -27,6 +27,7 @@ from .connection import ApiError, Connection
 DEAD, NOTES = "sluiceway-dead", "sluiceway-notes"
 _DEAD = "_sluiceway.dead."
 NOTE = "_sluiceway.note."
+_ANY = "_sluiceway.any"  # a stream must have a subject
 _OURS = {DEAD: f"{_DEAD}>", NOTES: f"{NOTE}>"}
 _NO_CONSUMER, _NO_STREAM, _OVERLAP = 10014, 10059, 10065
 
@@ -149,7 +150,7 @@ class Streams:
         """Add a subject to our stream. Others may do the same at the same time, and a change replaces the whole list:
         so it is looked at again."""
         stream = self._settings.stream
-        wanted = "_sluiceway.any" if subject == ">" else subject
+        wanted = _ANY if subject == ">" else subject
         for tries in range(20):
             info = await self.info(stream)
             subjects: list[str] = (info["config"].get("subjects") or []) if info else []
@@ -164,9 +165,9 @@ class Streams:
                     config = {**info["config"], "subjects": subjects}
                     await self._connection.api(f"STREAM.UPDATE.{stream}", config)
             except ApiError as error:
-                if error.number == _OVERLAP and wanted[-1] in "*>":
-                    return  # other streams have some of it; what they lack is added when it is published
-                if error.number != _OVERLAP and tries == 19:
+                if error.number == _OVERLAP and {"*", ">"} & set(subject.split(".")):
+                    wanted = _ANY  # other streams have some of it; what they lack is added when it is published
+                elif tries == 19:
                     raise
             await asyncio.sleep(0.005 * tries)
         raise TransportError(f"cannot add {subject!r} to the NATS stream {stream!r}: another process changes it too")
@@ -258,7 +259,7 @@ class Streams:
             "replay_policy": "instant",
             "deliver_policy": "all",
         }
-        if any(covers(one, subject) for one in subjects) and not all(covers(subject, one) for one in subjects):
+        if any(covers(one, subject) for one in subjects):  # else the server refuses the filter, and we filter
             wanted["filter_subject"] = subject
         if info is None:
             said: dict[str, Any] = {"sluiceway": 1, "group": group, "topic": topic, "start": 1}

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from pika.exceptions import AMQPError, ChannelClosedByBroker
@@ -16,6 +17,8 @@ from .topology import Declared, declare
 from .wire import Channel, Connection, Delivery
 
 log = logging.getLogger("sluiceway")
+
+_SILENCE = 0.005  # seconds without a push after which a consumer is cancelled
 
 
 class Listener(Protocol):
@@ -40,16 +43,21 @@ class Inlet:
         tell: Callable[..., object],
     ) -> None:
         self._connect = connect
-        self._queues = queues
+        self.queues = queues
         self._wanted = wanted
         self._passive = passive
         self._listener = listener
         self._tell = tell
         self._epoch = 0
         self._channel: Channel | None = None
-        self._connection: Connection | None = None
-        self._consumers: dict[str, None] = {}
+        self.connection: Connection
+        self._consumers: list[str] = []
+        self._cancels: set[asyncio.Task[None]] = set()
+        self._count = 0
         self._closing = False
+        self._newest = 0  # the last tag that came
+        self._acks: list[tuple[int, bool]] = []  # not sent yet
+        self._holding = 0  # cancels on their way
 
     async def open(self) -> None:
         """Make what is missing and open a channel; keep one open from then on. Raises TransportError."""
@@ -57,7 +65,7 @@ class Inlet:
         self._keeping = asyncio.ensure_future(self._keep())
 
     async def _reopen(self) -> None:
-        connection = await self._connect()
+        connection = self.connection = await self._connect()
         try:
             problems = await declare(connection, self._wanted, passive=self._passive)
             if problems:
@@ -66,27 +74,27 @@ class Inlet:
         except BaseException:
             connection.end()
             raise
-        self._connection, self._channel = connection, channel
-        self._consumers.clear()
+        self._channel = channel
+        self._consumers = []
         channel.raw.add_on_cancel_callback(self._on_cancel)
         self._epoch += 1
         epoch = self._epoch
-        connection.on_deliveries = lambda deliveries: self._tell(self._listener.arrived, epoch, deliveries)
+        connection.on_deliveries = partial(self._arrived, epoch)
+        self._acks.clear()
         self._tell(self._listener.opened, epoch)
 
     async def _keep(self) -> None:
         while self._channel is not None:
             reason = _explain(await self._channel.closed)
             self._channel = None
-            if self._connection is not None:
-                self._connection.end()
+            self.connection.end()
             if self._closing:
                 return
             self._tell(self._listener.lost, self._epoch, reason)
             tries = 0
             while self._channel is None and not self._closing:
                 delay = reconnect_delay(tries, random.random())
-                log.warning("receiving from %s was interrupted: %s; again in %.2f s", self._queues[0], reason, delay)
+                log.warning("receiving from %s was interrupted: %s; again in %.2f s", self.queues[0], reason, delay)
                 await asyncio.sleep(delay)
                 tries += 1
                 try:
@@ -95,37 +103,59 @@ class Inlet:
                     reason = str(error)
                     self._tell(self._listener.lost, self._epoch, reason)
                 else:
-                    log.info("receiving from %s again", self._queues[0])
+                    log.info("receiving from %s again", self.queues[0])
+
+    def _arrived(self, epoch: int, deliveries: list[Delivery]) -> None:
+        self._newest = deliveries[-1][0]
+        self._tell(self._listener.arrived, epoch, deliveries)
 
     def consume(self, epoch: int, credit: int) -> None:
         """Let the broker push `credit` unsettled messages more, over all queues."""
-        if epoch == self._epoch and self._channel is not None and self._channel.raw.is_open:
-            each, more = divmod(credit, len(self._queues))
-            for index, queue in enumerate(self._queues):
+        if epoch == self._epoch and self._channel and self._channel.raw.is_open:
+            each, more = divmod(credit, len(self.queues))
+            for index, queue in enumerate(self.queues):
+                self._count += 1
+                tag = f"{index}.{self._count}"
                 self._channel.raw.basic_qos(prefetch_count=min(65_535, max(1, each + (index < more))))
-                self._consumers[self._channel.raw.basic_consume(queue, _unused)] = None
+                self._channel.raw.basic_consume(queue, _unused, consumer_tag=tag)
+                self._consumers.append(tag)
 
     def cancel(self, epoch: int) -> None:
         """End all pushes. When the broker has, and all that came has been handed over, the listener hears `quiet`."""
-        if epoch == self._epoch and self._channel is not None and self._channel.raw.is_open:
-            asyncio.ensure_future(self._cancel(epoch, self._channel, list(self._consumers)))  # noqa: RUF006
-            self._consumers.clear()
+        if epoch == self._epoch and self._channel and self._channel.raw.is_open:
+            task = asyncio.ensure_future(self._cancel(epoch, self._channel, self._consumers))
+            self._cancels.add(task)
+            task.add_done_callback(self._cancels.discard)
+            self._consumers = []
 
     async def _cancel(self, epoch: int, channel: Channel, consumers: list[str]) -> None:
+        """A quorum queue counts what it pushes while a cancel is on its way, and takes it back. So acks, which let it
+        push, are held until that is over, and the cancel waits until nothing has come for a moment."""
+        self._holding += 1
         try:
+            newest = -1
+            while newest != self._newest:
+                newest = self._newest
+                await asyncio.sleep(_SILENCE)
             for consumer in consumers:
                 await channel.ask("basic_cancel", consumer)
+            await channel.ask("basic_qos", prefetch_count=1)  # what was pushed before the cancel is in front of this
         except AMQPError:
             return  # the channel has ended, and the listener hears of that
-        if self._connection is not None:
-            self._connection.hand_over()
+        finally:
+            self._holding -= 1
+            self.ack(epoch, ())
+        self.connection.hand_over()
         self._tell(self._listener.quiet, epoch)
 
     def ack(self, epoch: int, acks: Sequence[tuple[int, bool]]) -> None:
         """Acknowledge by tag; with True all before it too. Those of an ended channel mean nothing any more."""
-        if epoch == self._epoch and self._channel is not None and self._channel.raw.is_open:
-            for tag, multiple in acks:
-                self._channel.raw.basic_ack(tag, multiple)
+        if epoch == self._epoch and self._channel and self._channel.raw.is_open:
+            self._acks += acks
+            if not self._holding:
+                for tag, multiple in self._acks:
+                    self._channel.raw.basic_ack(tag, multiple)
+                self._acks.clear()
 
     async def flush(self) -> None:
         """Return when the broker has all acks so far: it answers what is sent behind them on the same channel."""
@@ -137,25 +167,30 @@ class Inlet:
 
     async def waiting(self) -> int:
         """How many messages wait in the queues."""
-        if self._connection is None or self._channel is None:
+        if self._channel is None:
             raise TransportError("RabbitMQ is out of reach")
-        channel = await self._connection.channel_of_its_own()
-        counts = [(await channel.ask("queue_declare", queue, True)).message_count for queue in self._queues]
+        channel = await self.connection.channel_of_its_own()
+        counts = [(await channel.ask("queue_declare", queue, True)).message_count for queue in self.queues]
         channel.raw.close()
         return sum(counts)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._closing = True
-        if self._connection is not None:
-            self._connection.end()
+        self._keeping.cancel()
+        for task in self._cancels:
+            task.cancel()
+        self.connection.end()
+        await self.connection.lost
 
     def _on_cancel(self, frame: Any) -> None:
-        log.warning("the broker ended consumer %s of %s: its queue was deleted or moved", frame.method.consumer_tag, self)
-        if self._channel is not None and self._channel.raw.is_open:
+        log.warning(
+            "the broker ended consumer %s of %s: its queue was deleted or moved", frame.method.consumer_tag, self
+        )
+        if self._channel and self._channel.raw.is_open:
             self._channel.raw.close(reply_text="the broker ended a consumer")
 
     def __repr__(self) -> str:
-        return ", ".join(self._queues)
+        return ", ".join(self.queues)
 
 
 def _unused(*_: Any) -> None:

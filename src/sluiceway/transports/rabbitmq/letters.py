@@ -61,7 +61,10 @@ def pack(outgoing: Outgoing, more: Mapping[str, str], *, failures: int = 0, susp
     if (outgoing.headers or not short or outgoing.key) and _size(headers) > _MAX_HEADERS:
         raise ValueError(f"its headers have more than {_MAX_HEADERS} bytes, and RabbitMQ takes no more with a message")
     return BasicProperties(
-        headers=headers, delivery_mode=2, message_id=outgoing.id if short else None, timestamp=int(outgoing.timestamp)
+        headers=headers,
+        delivery_mode=2,
+        message_id=_text_or_bytes(outgoing.id) if short else None,
+        timestamp=int(outgoing.timestamp),
     )
 
 
@@ -92,11 +95,13 @@ class Inbound(Struct, gc=False):
 
 def open_letter(delivery: Delivery, scope: Any, explained: int = 0) -> Inbound:
     """The message of a delivery. `explained` of its hand-overs ended with a connection of this process, which lives."""
-    tag, redelivered, key, properties, body = delivery
+    tag, redelivered, key, properties, body, _ = delivery
     headers = properties.headers or {}
     if len(headers) == 1 and properties.message_id and not redelivered and TIME in headers:  # nearly every message
         envelope = unseal(headers)
-        return Inbound(Message(key, body, properties.message_id, timestamp=envelope.timestamp or 0.0, scope=scope, token=tag))
+        return Inbound(
+            Message(key, body, properties.message_id, timestamp=envelope.timestamp or 0.0, scope=scope, token=tag)
+        )
     text = _as_text(headers)
     envelope = unseal(text)
     count = max(_number(text.get("x-delivery-count")), int(redelivered)) - explained

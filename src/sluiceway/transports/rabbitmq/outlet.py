@@ -8,6 +8,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
+from msgspec import Struct
 from pika.exceptions import AMQPError
 
 from ..._decisions.backoff import reconnect_delay
@@ -22,16 +23,15 @@ _MOST = 1_000  # unconfirmed messages
 _MOST_BYTES = 16 * 1024 * 1024  # and their bodies: pika would buffer without limit
 
 
-class Failure(str):
+class Failure(Struct, frozen=True):
     """Why a letter may not be there. `mendable`: another try may succeed."""
 
-    mendable = True
+    text: str
+    mendable: bool = True
 
 
-class Refusal(Failure):
-    """The broker does not want it: nobody receives it, or a queue is full."""
-
-    mendable = False
+def _refusal(text: str) -> Failure:
+    return Failure(text, mendable=False)
 
 
 class _Call:
@@ -152,8 +152,7 @@ class Outlet:
         try:
             self._raw.basic_publish(letter.exchange, letter.key, letter.body, letter.properties, mandatory=True)
         except Exception as error:  # what cannot be encoded; nothing was written then
-            kind = Failure if isinstance(error, AMQPError) and not self._raw.is_open else Refusal
-            call.end(index, kind(f"{type(error).__name__}: {error}"))
+            call.end(index, Failure(f"{type(error).__name__}: {error}", mendable=not self._raw.is_open))
             return
         self._number += 1
         self._unconfirmed[self._number] = (call, index)
@@ -179,7 +178,7 @@ class Outlet:
         for number in numbers:
             call, index = self._unconfirmed.pop(number)
             self._bytes -= len(call.letters[index].body)
-            call.end(index, None if confirmed else Refusal("the broker refused it: a queue is full or not available"))
+            call.end(index, None if confirmed else _refusal("the broker refused it: a queue is full or not available"))
         self._see()
 
     def _on_return(self, _: Any, method: Any, properties: Any, __: bytes) -> None:
@@ -188,7 +187,7 @@ class Outlet:
             letter = call.letters[index]
             same = (letter.exchange, letter.key) == (method.exchange, method.routing_key)
             if same and letter.properties.message_id == properties.message_id and index not in call.failed:
-                call.failed[index] = Refusal(f"no queue takes it ({method.reply_text}): no group has its topic")
+                call.failed[index] = _refusal(f"no queue takes it ({method.reply_text}): no group has its topic")
                 return
 
     def _on_blocked(self, _: Any, frame: Any) -> None:
@@ -201,6 +200,9 @@ class Outlet:
         self.trouble = None
         self._see()
 
-    def close(self) -> None:
-        if self.connection is not None:
-            self.connection.end()
+    async def close(self) -> None:
+        self._keeping.cancel()
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.end()
+            await connection.lost

@@ -1,12 +1,13 @@
 """What stands at the broker, and how it is named.
 
 ```text
-topic exchange `sluiceway` ──topic or pattern──▶ direct exchange `sluiceway|group` ──topic──▶ queue `sluiceway|group|topic`
-                                                          │ no queue of that topic
-                                                          └▶ topic exchange `sluiceway|group|*` ──▶ queue `sluiceway|group|pattern`
+topic exchange `sluiceway` ──topic or pattern──▶ direct exchange `sluiceway|group`
+    `sluiceway|group` ──topic──▶ queue `sluiceway|group|topic`
+                      ──no queue of that topic──▶ topic exchange `sluiceway|group|*` ──▶ queue `sluiceway|group|pattern`
 default exchange ──▶ queue `sluiceway|orders.group.dead`: dead letters
 headers exchange `sluiceway||delay` ──▶ queue `sluiceway||0.4 s` ──expired──▶ direct exchange `sluiceway||due`
-    `sluiceway||due` ──name of a queue──▶ that queue, else (alternate exchange) by its topic to `sluiceway`
+    `sluiceway||due` ──name of a queue──▶ that queue
+                     ──no such queue──▶ `sluiceway`, by its topic
 ```
 
 So within a group the exact topic comes before a pattern, and a delayed message goes to one queue, or to all groups, by

@@ -22,8 +22,8 @@ from pika.spec import Basic, BasicProperties
 from ...errors import ConnectError
 
 T = TypeVar("T")
-Delivery = tuple[int, bool, str, BasicProperties, bytes]
-"""Delivery tag, redelivered, routing key, properties, body."""
+Delivery = tuple[int, bool, str, BasicProperties, bytes, bytes]
+"""Delivery tag, redelivered, routing key, properties, body, consumer's tag."""
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _HEAD = Struct(">BHI").unpack_from  # frame type, channel, size; the payload and one closing byte follow
@@ -39,7 +39,7 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
 
     def __init__(self, parameters: pika.ConnectionParameters, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.on_deliveries: Callable[[list[Delivery]], None] = list.clear
+        self.on_deliveries: Callable[[list[Delivery]], object] = list.clear
         self.opened: asyncio.Future[None] = loop.create_future()
         self.lost: asyncio.Future[BaseException] = loop.create_future()
         self._rest = b""
@@ -48,16 +48,14 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
         super().__init__(parameters, self._on_open, self._on_open_error, self._on_lost, loop)
 
     def _on_open(self, _: Any) -> None:
-        if not self.opened.done():
-            self.opened.set_result(None)
+        _set(self.opened, None)
 
     def _on_open_error(self, _: Any, error: BaseException) -> None:
         if not self.opened.done():
             self.opened.set_exception(error)
 
     def _on_lost(self, _: Any, error: BaseException) -> None:
-        if not self.lost.done():
-            self.lost.set_result(error)
+        _set(self.lost, error)
 
     def end(self) -> None:
         """Close it, if it is open still."""
@@ -65,8 +63,8 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
             self.close()
 
     async def channel_of_its_own(self) -> Channel:
-        opened = self.loop.create_future()
-        raw = self.channel(on_open_callback=lambda raw: opened.done() or opened.set_result(raw))
+        opened: asyncio.Future[None] = self.loop.create_future()
+        raw = self.channel(on_open_callback=lambda raw: _set(opened, None))
         channel = Channel(raw, self.loop)
         await channel.wait(opened)
         return channel
@@ -100,10 +98,10 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
         self._rest = data[at:] if at else data
 
     def _complete(self, number: int, body: bytes) -> None:
-        tag, redelivered, key, properties, _, _ = self._parts.pop(number)
+        tag, redelivered, key, properties, _, _, consumer = self._parts.pop(number)
         if not self._arrived:
             self.loop.call_soon(self.hand_over)
-        self._arrived.append((tag, redelivered, key, properties, body))
+        self._arrived.append((tag, redelivered, key, properties, body, consumer))
 
     def hand_over(self) -> None:
         """Hand over what has arrived, now."""
@@ -114,12 +112,18 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
 
 def _deliver(data: bytes, at: int) -> list[Any]:
     """Read a basic.deliver: its fields, and room for properties, missing bytes and parts of the body."""
-    at += 1 + data[at]  # the consumer's tag
+    consumer = data[at + 1 : at + 1 + data[at]]
+    at += 1 + len(consumer)
     tag = _LONG(data, at)[0]
     redelivered = data[at + 8] & 1 == 1
     at += 9
     at += 1 + data[at]  # the exchange
-    return [tag, redelivered, data[at + 1 : at + 1 + data[at]].decode("utf-8", "replace"), None, 0, []]
+    return [tag, redelivered, data[at + 1 : at + 1 + data[at]].decode("utf-8", "replace"), None, 0, [], consumer]
+
+
+def _set(future: asyncio.Future[T], value: T) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
 class Channel:
@@ -129,7 +133,7 @@ class Channel:
         self.raw = raw
         self.loop = loop
         self.closed: asyncio.Future[BaseException] = loop.create_future()
-        raw.add_on_close_callback(lambda _, reason: self.closed.done() or self.closed.set_result(reason))
+        raw.add_on_close_callback(lambda _, reason: _set(self.closed, reason))
 
     async def wait(self, future: asyncio.Future[T]) -> T:
         """The result of `future`. Raises why the channel has ended, when that comes first."""
@@ -141,10 +145,8 @@ class Channel:
 
     async def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of pika's channel that the broker answers; returns the answer."""
-        answer = self.loop.create_future()
-        getattr(self.raw, method)(
-            *arguments, callback=lambda frame: answer.done() or answer.set_result(frame.method), **options
-        )
+        answer: asyncio.Future[Any] = self.loop.create_future()
+        getattr(self.raw, method)(*arguments, callback=lambda frame: _set(answer, frame.method), **options)
         return await self.wait(answer)
 
 
@@ -163,8 +165,14 @@ async def connect(parameters: pika.ConnectionParameters, place: str) -> Connecti
 
 def explain(error: BaseException) -> str:
     """What went wrong, and what to do, as far as that can be told."""
-    while isinstance(error, AMQPConnectionWorkflowFailed) or getattr(error, "exception", None) is not None:
-        error = error.exceptions[-1] if isinstance(error, AMQPConnectionWorkflowFailed) else error.exception
+    inner: Any = error
+    while inner is not None:  # how far pika came, around why it came no further
+        error = inner
+        inner = (
+            inner.exceptions[-1]
+            if isinstance(inner, AMQPConnectionWorkflowFailed)
+            else getattr(inner, "exception", None)
+        )
     name = type(error).__name__
     text = getattr(error, "reply_text", "") or str(error) or name
     if name in ("ProbableAuthenticationError", "AuthenticationError") or "ACCESS_REFUSED" in text:
@@ -172,7 +180,9 @@ def explain(error: BaseException) -> str:
     if name == "ProbableAccessDeniedError" or "vhost" in text:
         return f"it refuses the virtual host ({text}); make it (rabbitmqctl add_vhost), or correct the URL"
     if isinstance(error, OSError) and type(error).__module__ == "ssl":
-        return f"TLS failed ({text}); check the CA file, the certificate and the server's name, or that its port has TLS"
+        return (
+            f"TLS failed ({text}); check the CA file, the certificate and the server's name, or that its port has TLS"
+        )
     if name in ("IncompatibleProtocolError", "AMQPConnectorStackTimeout", "StreamLostError"):
         return f"what answers speaks no AMQP 0-9-1 ({text}); check the port, and amqp:// against amqps:// for TLS"
     if isinstance(error, OSError):

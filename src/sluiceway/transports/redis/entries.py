@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from ..._decisions.suspicion import is_suspect
-from ...envelope import FAILURES, ID, KEY, TIME, seal, unseal
+from ...envelope import ID, TIME, seal, unseal
 from ...message import NO_HEADERS, Message, Outgoing, Stored
 
 Entry = list[Any]  # its id, and its fields: name, value, name, value …
@@ -42,24 +41,29 @@ def _text(value: bytes) -> str:
     return value.decode("utf-8", "surrogateescape")
 
 
-def messages_of(entries: Sequence[Entry], topic: str, stream: str, consumer: str) -> list[Message[Any]]:
-    """The messages of entries that were never handed over before."""
+def messages_of(
+    entries: Sequence[Entry], topic: str, stream: str, consumer: str, group: str
+) -> tuple[list[Message[Any]], list[bytes]]:
+    """The messages of entries that were never handed over before, and the ids of those that are for another group."""
     made: list[Message[Any]] = []
+    others: list[bytes] = []
     append = made.append
     for entry in entries:
         one, fields = entry
-        try:
-            body, name_of_body = fields[1], fields[0]
-            if len(fields) == 6 and name_of_body == b"body" and fields[2] == _ID and fields[4] == _TIME:
+        if len(fields) == 6 and fields[2] == _ID and fields[4] == _TIME and fields[0] == b"body":
+            try:
                 timestamp = float(fields[5])
                 if 0 <= timestamp < 1e11:
                     token = (stream, one, consumer)
-                    append(Message(topic, body, fields[3].decode(), None, NO_HEADERS, timestamp, consumer, token))
+                    append(Message(topic, fields[1], fields[3].decode(), None, NO_HEADERS, timestamp, consumer, token))
                     continue
-        except ValueError:
-            pass  # bytes that are no text, or no number
-        append(message_of(entry, topic, stream, consumer))
-    return made
+            except ValueError:
+                pass  # bytes that are no text, or no number
+        if _opened(entry)[2].group not in (None, group):
+            others.append(one)
+        else:
+            append(message_of(entry, topic, stream, consumer))
+    return made, others
 
 
 def message_of(
@@ -98,10 +102,12 @@ def _opened(entry: Entry) -> tuple[str, bytes, Any]:
     one, fields = entry
     names, values = fields[::2], fields[1::2]
     if b"body" not in names:
-        shown = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in zip(names, values)}
+        pairs = zip(names, values, strict=True)
+        shown = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in pairs}
         return one.decode(), msgspec.json.encode(shown), unseal({})
     at = names.index(b"body")
-    rest = {_text(name): _text(value) for i, (name, value) in enumerate(zip(names, values)) if i != at}
+    del names[at]
+    rest = {_text(name): _text(value) for name, value in zip(names, values[:at] + values[at + 1 :], strict=True)}
     return one.decode(), values[at], unseal(rest)
 
 

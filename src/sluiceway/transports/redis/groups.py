@@ -89,6 +89,6 @@ def findings(found: dict[str, str]) -> list[Finding]:
                             "set `appendonly yes`"))  # fmt: skip
     policy = found.get("maxmemory_policy", "noeviction")
     if policy.startswith("allkeys") and found.get("maxmemory", "0") != "0":
-        made.append(Finding("error", f"Redis may evict whole topics when its memory is full (maxmemory-policy {policy}); "
+        made.append(Finding("error", f"Redis may evict topics when its memory is full (maxmemory-policy {policy}); "
                             "set `maxmemory-policy noeviction`"))  # fmt: skip
     return made

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-
-import msgspec
+from collections.abc import Iterable
 
 from ...message import Outgoing, new_id
 from .entries import fields_of
 
-pack = msgspec.msgpack.Encoder().encode
+
+def pack(values: Iterable[bytes | str | int]) -> bytes:
+    """A list of strings as the scripts read it: each after its length in four bytes."""
+    parts: list[bytes] = []
+    for value in values:
+        part = value if isinstance(value, bytes) else str(value).encode()
+        parts += (len(part).to_bytes(4), part)
+    return b"".join(parts)
 
 
 class Keys:
@@ -26,9 +32,9 @@ class Keys:
         """What waits for its time: the group's, or with None the topic's."""
         return f"{self._prefix}:due:{{{topic}}}" + ("" if group is None else f":{group}")
 
-    def record(self, topic: str, consumer: str) -> str:
+    def record(self, topic: str, what: str, consumer: str) -> str:
         """What the consumer's last settle brought."""
-        return f"{self._prefix}:settled:{{{topic}}}:{consumer}"
+        return f"{self._prefix}:settled:{{{topic}}}:{what}:{consumer}"
 
     def of(self, topic: str, group: str) -> tuple[str, ...]:
         """All seven that the scripts take, in their order."""
@@ -37,13 +43,13 @@ class Keys:
         )
         return topic, self.retry(topic, group), self.due(topic, group), leases, suspicions, floor, self.due(topic, None)
 
-    def output(self, message: Outgoing) -> tuple[str, int, str, bytes, str]:
+    def output(self, message: Outgoing) -> bytes:
         """What the scripts put out for a message. Its first field makes it unlike all others that wait."""
         topic, group = message.topic, message.group
         fields = pack([new_id(), *fields_of(message)])
         if group is None:
-            return topic, ms(message.delay), self.due(topic, None), fields, self.retry(topic, "")
-        return self.retry(topic, group), ms(message.delay), self.due(topic, group), fields, ""
+            return pack((topic, ms(message.delay), self.due(topic, None), fields, self.retry(topic, "")))
+        return pack((self.retry(topic, group), ms(message.delay), self.due(topic, group), fields, ""))
 
 
 def ms(seconds: float) -> int:

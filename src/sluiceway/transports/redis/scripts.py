@@ -32,6 +32,11 @@ _COMMON = f"""
 local call, FREE, LATER = redis.call, '{FREE}', '{LATER}'
 local t = call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local function list(packed)
+  local found, at = {{}}, 1
+  while at <= #packed do found[#found + 1], at = struct.unpack('>I4c0', packed, at) end
+  return found
+end
 local function ring(retry)
   call('XADD', retry, '*', 'bell', '1')
 end
@@ -48,20 +53,22 @@ local function wait(due, score, member, bell, head)
     if call('EXISTS', head .. info[2]) == 1 then ring(head .. info[2]) end
   end
 end
-local function put(out)
-  local stream, delay, due, fields, head = unpack(out)
+local function put(stream, delay, due, fields, head)
+  delay = tonumber(delay)
   if delay > 0 then
     wait(due, now + delay, 'c' .. fields, stream, head)
   else
-    call('XADD', stream, '*', unpack(cmsgpack.unpack(fields), 2))
+    call('XADD', stream, '*', unpack(list(fields), 2))
   end
 end
 """
 
 # In: group, consumer, lease, demand, whether others may be found dead, whether we come to be known, ids of bells.
-# Out: 0 when our lease is gone; else 1, ms until something is due (-1), whether more is free, how many entries are gone,
-# and what we took: which stream, id, times delivered, suspicions, fields.
-TEND = _script("receive", """
+# Out: 0 when our lease is gone; else 1, ms until something is due (-1), whether more is free, how many entries are
+# gone, and what we took: which stream, id, times delivered, suspicions, fields.
+TEND = _script(
+    "receive",
+    """
 local main, retry, due, leases, suspicions, _, topic_due = unpack(KEYS)
 local group, me, lease, want = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local streams = {main, retry}
@@ -87,7 +94,7 @@ local function move(from, to)
   for _, member in ipairs(call('ZRANGEBYSCORE', from, '-inf', now, 'LIMIT', 0, 1000)) do
     local kind, rest = member:sub(1, 1), member:sub(2)
     if kind == 'c' then
-      call('XADD', to, '*', unpack(cmsgpack.unpack(rest), 2))
+      call('XADD', to, '*', unpack(list(rest), 2))
     else
       call('XCLAIM', streams[tonumber(kind)], group, FREE, 0, rest, 'JUSTID')
     end
@@ -136,12 +143,15 @@ for _, from in ipairs({due, topic_due}) do
   if first and (soonest < 0 or first - now < soonest) then soonest = math.max(0, first - now) end
 end
 return {1, soonest, more, gone, taken}
-""")
+""",
+)
 
-# Settlements, fenced by owner. In: group, consumer, a number of this call, and per settlement in msgpack: which topic
-# and stream, id, what, delay, copy, outputs. Keys: a record of the last call, then seven per topic.
+# Settlements, fenced by owner. In: group, consumer, a number of this call, and per settlement a list: which topic and
+# stream, id, what, delay, a retry's copy, outputs. Keys: a record of the last call, then seven per topic.
 # Out: the indexes of those that are not ours, and of those whose outputs cannot be.
-SETTLE = _script("settle", """
+SETTLE = _script(
+    "settle",
+    """
 local group, me, number = ARGV[1], ARGV[2], ARGV[3]
 local before = call('GET', KEYS[1])
 if before then
@@ -157,8 +167,10 @@ local function fits(outputs)
   return true
 end
 for i = 4, #ARGV do
-  local topic, which, id, what, delay, copy, outputs = unpack(cmsgpack.unpack(ARGV[i]))
-  local base = 1 + 7 * topic
+  local op, outputs = list(ARGV[i]), {}
+  local which, id, what, delay = tonumber(op[2]), op[3], op[4], tonumber(op[5])
+  for j = 7, #op do outputs[j - 6] = list(op[j]) end
+  local base = 1 + 7 * op[1]
   local stream, retry, due, suspicions = KEYS[base + which], KEYS[base + 2], KEYS[base + 3], KEYS[base + 5]
   local p = call('XPENDING', stream, group, id, id, 1, me)[1]
   if not p then
@@ -166,13 +178,13 @@ for i = 4, #ARGV do
   elseif not fits(outputs) then
     rejected[#rejected + 1] = i - 4
   else
-    for _, out in ipairs(outputs) do put(out) end
+    for _, out in ipairs(outputs) do put(unpack(out)) end
     if what == 'release' then
       local to = delay > 0 and LATER or FREE
       call('XCLAIM', stream, group, to, 0, id, 'RETRYCOUNT', math.max(0, p[4] - 1), 'JUSTID')
       if delay > 0 then wait(due, now + delay, which .. id, retry, '') else bells[retry] = true end
     else
-      if what == 'retry' then put({retry, delay, due, copy, ''}) end
+      if what == 'retry' then put(retry, delay, due, op[6], '') end
       finish(stream, group, id, which == 2)
       call('HDEL', suspicions, which .. id)
     end
@@ -181,17 +193,25 @@ end
 for retry in pairs(bells) do ring(retry) end
 call('SET', KEYS[1], cmsgpack.pack({number, lost, rejected}), 'EX', 86400)
 return {lost, rejected}
-""")
+""",
+)
 
-# In: group, consumer, stream (1 or 2), id, suspicions. Out: whether it is ours and written.
-SUSPECT = _script("write down a suspicion", """
-if #call('XPENDING', KEYS[tonumber(ARGV[3])], ARGV[1], ARGV[4], ARGV[4], 1, ARGV[2]) == 0 then return 0 end
+# In: group, consumer, stream (1 or 2), id, suspicions, which explain every delivery so far. Out: whether it is ours.
+SUSPECT = _script(
+    "write down a suspicion",
+    """
+local stream = KEYS[tonumber(ARGV[3])]
+if #call('XPENDING', stream, ARGV[1], ARGV[4], ARGV[4], 1, ARGV[2]) == 0 then return 0 end
+call('XCLAIM', stream, ARGV[1], ARGV[2], 0, ARGV[4], 'RETRYCOUNT', 1 + ARGV[5], 'JUSTID')
 call('HSET', KEYS[5], ARGV[3] .. ARGV[4], ARGV[5])
 return 1
-""")
+""",
+)
 
-# In: group, consumer, and what to keep as "1<id>" or "2<id>". All else that the consumer holds is free again, uncounted.
-LEAVE = _script("close a source", """
+# In: group, consumer, and what to keep as "1<id>" or "2<id>". All else that it holds is free again, uncounted.
+LEAVE = _script(
+    "close a source",
+    """
 local group, me, keep, kept, freed = ARGV[1], ARGV[2], {}, false, false
 for i = 3, #ARGV do keep[ARGV[i]] = true end
 for i = 1, 2 do
@@ -214,19 +234,25 @@ if not kept then
   call('ZREM', KEYS[4], me)
 end
 if freed then ring(KEYS[2]) end
-""")
+""",
+)
 
 # In: lease, consumer. Keys: `leases` of each topic. Out: 0 when one of them is gone.
-RENEW = _script("renew a lease", """
+RENEW = _script(
+    "renew a lease",
+    """
 for _, leases in ipairs(KEYS) do
   if not call('ZSCORE', leases, ARGV[2]) then return 0 end
 end
 for _, leases in ipairs(KEYS) do call('ZADD', leases, now + ARGV[1], ARGV[2]) end
 return 1
-""")
+""",
+)
 
 # In: group, retention. Deletes what all groups have finished; remembers where our own has come to.
-TRIM = _script("trim a stream", """
+TRIM = _script(
+    "trim a stream",
+    """
 local low_ms, low_seq
 for _, info in ipairs(call('XINFO', 'GROUPS', KEYS[1])) do
   local pending = call('XPENDING', KEYS[1], info[2])
@@ -249,10 +275,13 @@ if low_ms and retention >= 0 then
   if now - retention < low_ms then low_ms, low_seq = now - retention, 0 end
   call('XTRIM', KEYS[1], 'MINID', '~', string.format('%.0f-%.0f', low_ms, low_seq), 'LIMIT', 0)
 end
-""")
+""",
+)
 
 # In: group. Out: how many wait, and the fields and ids of those that may be the oldest that are due.
-BACKLOG = _script("count the backlog", """
+BACKLOG = _script(
+    "count the backlog",
+    """
 local waits, oldest = call('ZCARD', KEYS[3]) + call('ZCARD', KEYS[7]), {}
 for i = 1, 2 do
   for _, info in ipairs(call('XINFO', 'GROUPS', KEYS[i])) do
@@ -280,9 +309,10 @@ for i = 1, 2 do
   end
 end
 return {waits, oldest}
-""")
+""",
+)
 
-# In: an output in msgpack: stream, delay, where it waits, fields, and for a topic how its groups' retry streams begin.
-DELAY = _script("publish with a delay", "put(cmsgpack.unpack(ARGV[1]))")
+# In: an output: stream, delay, where it waits, fields, and for a topic how its groups' retry streams begin.
+DELAY = _script("publish with a delay", "put(unpack(list(ARGV[1])))")
 
 SCRIPTS = (TEND, SETTLE, SUSPECT, LEAVE, RENEW, TRIM, BACKLOG, DELAY)

@@ -97,12 +97,13 @@ def _option(name: str, value: str) -> Any:
 
 def check(options: dict[str, Any]) -> None:
     """Raises OptionError for a value that is not allowed."""
-    for name, allowed, what in (
+    rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         ("lease", lambda value: 0.1 <= value < 86_400, "0.1 or more seconds, below a day"),
         ("max_payload", lambda value: 1 <= value <= 256 * 1024 * 1024, "1 to 268435456 bytes"),
         ("retention", lambda value: 0 <= value <= math.inf, "0 or more seconds; inf keeps everything"),
         ("prefix", lambda value: bool(value) and "{" not in value and value.isprintable(), "text without {"),
         ("replicas", lambda value: 0 <= value < 100, "how many replicas, 0 or more"),
-    ):
+    )
+    for name, allowed, what in rules:
         if not allowed(options[name]):
             raise OptionError(f"RedisTransport: {name} must be {what}, got {options[name]!r}")

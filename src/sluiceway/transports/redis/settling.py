@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ...errors import TransportError
 from ...message import Message, Outgoing, Refused, Settlement, new_id
 from .entries import MAX_HEADERS, fields_of
 from .keys import Keys, ms, pack
 from .scripts import SETTLE
-from .wire import ReplyError, Wire
+from .wire import ReplyError, Wire, refusal
 
 _CHUNK = 100  # settlements per script, so that none holds up the server
 _CHUNK_BYTES = 4 * 1024 * 1024
 
 
 class Settling:
-    """Sends settlements of one group. `places`: which topic (from 0) and stream (1 or 2) of it a stream is."""
+    """Sends settlements of one group, one call at a time. `what` tells its record from another's of the same consumer.
 
-    def __init__(self, keys: Keys, group: str, topics: Sequence[str], max_payload: int, replicas: int) -> None:
+    `places`: which topic (from 0) and stream (1 or 2) of it a stream is."""
+
+    def __init__(
+        self, keys: Keys, group: str, topics: Sequence[str], what: str, *, max_payload: int = 0, replicas: int = 0
+    ) -> None:
         self._keys = keys
         self._group = group
         self._max_payload = max_payload
         self._replicas = replicas
         self._of_topics = [key for topic in topics for key in keys.of(topic, group)]
-        self._record = topics[0]
+        self._record = (topics[0], what)
         self.places: dict[str, tuple[int, int]] = {}
         for at, topic in enumerate(topics):
             self.places[keys.retry(topic, group)] = (at, 2)
@@ -54,27 +57,22 @@ class Settling:
         """All that is no plain ack, fenced by owner. When it raises, the same call again goes on where it was: what
         the server has carried out is not carried out again."""
         sent = self._sent
-        if sent is None or len(sent[0]) != len(others) or any(a is not b for a, b in zip(sent[0], others)):
+        if sent is None or len(sent[0]) != len(others) or any(a is not b for a, b in zip(sent[0], others, strict=True)):
             sent = (list(others), self._chunks(others))
         self._sent = sent
         refused: list[Refused] = []
         for chunk in sent[1]:
             if chunk.answer is None:
-                keys = (self._keys.record(self._record, consumer), *self._of_topics)
+                keys = (self._keys.record(*self._record, consumer), *self._of_topics)
                 line = await wire()
                 chunk.answer = await line.run(SETTLE, keys, self._group, consumer, chunk.number, *chunk.packed)
-                await self.wait_for_replicas(line)
+                await line.wait_for_replicas(self._replicas)
             lost, rejected = chunk.answer
             detail = "an output's topic is a key that holds no stream"
             refused += [Refused(chunk.messages[at], "lost") for at in lost]
             refused += [Refused(chunk.messages[at], "rejected", detail) for at in rejected]
         self._sent = None
         return refused
-
-    async def wait_for_replicas(self, wire: Wire) -> None:
-        """Return when so many replicas as the option says have all that was written. Raises TransportError."""
-        if self._replicas and await wire.ask("WAIT", self._replicas, 5000) < self._replicas:
-            raise TransportError(f"{wire.name}: fewer than {self._replicas} replicas have it after 5 s")
 
     def why_not(self, one: Settlement) -> str | None:
         """Why what belongs to a settlement is taken by no server; None when it may be."""
@@ -105,13 +103,11 @@ class Settling:
         stream, number, *_ = message.token
         copy = b""
         if one.outcome == "retry":
-            again = Outgoing(
-                message.topic, message.body, message.key, message.headers, message.id, message.timestamp
-            )
+            again = Outgoing(message.topic, message.body, message.key, message.headers, message.id, message.timestamp)
             copy = pack([new_id(), *fields_of(again, failures=message.failures + one.counted)])
         what = {"retry": "retry", "release": "release", "park": "release"}.get(one.outcome, "finish")
         outputs = [self._keys.output(out) for out in one.outputs]
-        return pack((*self.places[stream], number, what, ms(one.delay), copy, outputs))
+        return pack((*self.places[stream], number, what, ms(one.delay), copy, *outputs))
 
 
 class _Chunk:
@@ -122,11 +118,3 @@ class _Chunk:
         self.packed: list[bytes] = []
         self.messages: list[Message[Any]] = []
         self.answer: Any = None
-
-
-def refusal(wire: Wire, what: str, answer: Exception) -> TransportError:
-    """The server's refusal as an error. A server that became a replica is left, so that the next call finds the new
-    primary."""
-    if str(answer).startswith("READONLY"):
-        wire.abort("it is a read-only replica now")
-    return TransportError(f"{wire.name} refuses to {what}: {answer}")

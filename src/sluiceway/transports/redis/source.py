@@ -8,7 +8,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -68,9 +68,11 @@ class RedisSource:
         self._retention = -1 if limits.retention == float("inf") else ms(limits.retention)
         self._line = line
         self._own = Line(settings)  # for reading
-        self._settling = Settling(keys, group, topics, limits.max_payload, limits.replicas)
-        self._mains = [of[0] for of in self._of]
-        self._streams = [*self._mains, *(of[1] for of in self._of)]
+        checks = {"max_payload": limits.max_payload, "replicas": limits.replicas}
+        self._settling = Settling(keys, group, topics, "others", **checks)
+        self._acking = Settling(keys, group, topics, "acks", **checks)  # the runtime calls both at once
+        self._unseeing = Settling(keys, group, topics, "unseen")
+        self._streams = [*topics, *(of[1] for of in self._of)]
         self._window = subscription.window
         self._held: set[Any] = set()  # tokens
         self._left: list[Message[Any]] = []  # received, and not yet returned
@@ -138,8 +140,20 @@ class RedisSource:
                     raise
                 except TransportError as error:
                     await self._wait_out(error)
-            messages, self._left = self._left[:demand], self._left[demand:]
+            count = self._count(demand)
+            messages, self._left = self._left[:count], self._left[count:]
             return messages
+
+    def _count(self, demand: int) -> int:
+        """How many of those that are left one receive returns."""
+        if self._bytes_each * len(self._left) <= self._subscription.max_bytes:
+            return demand
+        count, size = 0, 0
+        for message in self._left[:demand]:
+            if size and size + len(message.body) > self._subscription.max_bytes:
+                break
+            count, size = count + 1, size + len(message.body)
+        return count
 
     async def _receive(self, want: int) -> list[Message[Any]]:
         wire = await self._own.wire()
@@ -149,45 +163,48 @@ class RedisSource:
             self._known_wire, self._recover_at = wire, now + self._lease / 3
         if now >= self._tend_at or (self._busy and now >= self._tend_busy_at):
             found = await self._tend(wire, want, now)
-            if found or self._stopped or self._window <= 0:
+            if found or not self._may_hold():
                 return found
-        if self._busy:
-            per = max(1, want // len(self._mains))
-            random.shuffle(self._mains)  # with more topics than we may receive messages, each has its turn
-            found = await self._read(wire, want, self._mains[:want], min(per, self._fitting()))
+        if self._busy and want >= len(self._topics):
+            found = await self._read(wire, self._topics, want // len(self._topics))
             if found or not self._may_wait():
                 return found
         return await self._wait(wire, want)
 
+    def _may_hold(self) -> bool:
+        return not self._stopped and self._window > 0
+
     def _may_wait(self) -> bool:
-        return not self._stopped and self._window > 0 and self._tend_at > time.monotonic()
+        return self._may_hold() and self._tend_at > time.monotonic()
 
     async def _wait(self, wire: Wire, want: int) -> list[Message[Any]]:
         """Wait at the server until something comes, or it is time to look after what waits for its time."""
         block = max(1, ms(self._tend_at - time.monotonic()))
         self._blocked = wire
         try:
+            if not self._may_wait():
+                return []
             if want >= len(self._streams):
-                per = min(want // len(self._streams), self._fitting())
-                return await self._read(wire, want, self._streams, per, "BLOCK", block)
+                return await self._read(wire, self._streams, want // len(self._streams), "BLOCK", block)
             # A read of several streams may bring a message of each, which is more than we may hold: so this one only
-            # waits until there is something, from behind what the group has read.
+            # looks, from behind what the group has read; then the topics with the oldest messages are read.
             answers = await wire.call(*(("XINFO", "GROUPS", stream) for stream in self._streams))
             after = [_last_delivered(answer, self._group.encode()) for answer in answers]
             read = ("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", *self._streams, *after)
-            if self._may_wait():
-                await wire.ask(*read, seconds=block / 1000 + 10)
-            self._busy, self._tend_at = True, 0.0
-            return []
+            seen = await wire.ask(*read, seconds=block / 1000 + 10) if self._may_wait() else None
+            oldest = sorted((_order(entries[0][0]), name.decode()) for name, entries in seen or ())
+            topics = [name for _, name in oldest if name in self._topics]
+            if len(topics) < len(oldest):
+                self._tend_at = 0.0  # for the retry streams
+            return await self._read(wire, topics[:want], 1) if topics and self._may_hold() else []
         finally:
             self._blocked = None
 
-    async def _read(self, wire: Wire, want: int, streams: Sequence[str], count: int, *block: Any) -> list[Message[Any]]:
-        before = wire.received
+    async def _read(self, wire: Wire, streams: Sequence[str], count: int, *block: Any) -> list[Message[Any]]:
+        before, count = wire.received, min(count, self._fitting())
         seconds = block[1] / 1000 + 10 if block else 30.0
         group = ("XREADGROUP", "GROUP", self._group, self._consumer, "COUNT", count, *block)
         answer = await wire.ask(*group, "STREAMS", *streams, *(">" for _ in streams), seconds=seconds)
-        consumer = self._consumer
         found: list[Message[Any]] = []
         self._busy = False
         for name, entries in answer or ():
@@ -197,7 +214,10 @@ class RedisSource:
             if which == 2:
                 self._bells += [one for one, fields in entries if fields[0] == b"bell"]
                 entries = [entry for entry in entries if entry[1][0] != b"bell"]
-            found += messages_of(entries, self._topics[at], stream, consumer)
+            messages, others = messages_of(entries, self._topics[at], stream, self._consumer, self._group)
+            found += messages
+            if others:
+                await wire.ask("XACK", stream, self._group, *others)
         self._held.update([message.token for message in found])
         if self._bells:
             self._tend_at = 0.0
@@ -253,8 +273,8 @@ class RedisSource:
                     message: Message[Any] = Message("", b"", "", token=(stream, one, self._consumer))
                     unseen.append(Settlement(message, "release"))
         if unseen:
-            log.info("%d messages of %s came while the connection broke; receiving them again", len(unseen), self._topics)
-            await Settling(self._keys, self._group, self._topics, 0, 0).settle(self._own.wire, self._consumer, unseen)
+            log.info("%d messages of %s were lost on the way; receiving them again", len(unseen), self._topics)
+            await self._unseeing.settle(self._own.wire, self._consumer, unseen)
             self._tend_at = 0.0
 
     async def _wait_out(self, error: TransportError) -> None:
@@ -347,16 +367,16 @@ class RedisSource:
 
     async def _settle(self, consumer: str, acks: list[Settlement], others: Sequence[Settlement]) -> list[Refused]:
         refused: list[Refused] = []
-        for some in filter(None, (acks, others)):
+        for settling, some in ((self._acking, acks), (self._settling, others)):
             ours: list[Settlement] = []
             for one in some:
                 if one.message.token[2] != consumer:
                     refused.append(Refused(one.message, "lost"))
-                elif why := self._settling.why_not(one):
+                elif why := settling.why_not(one):
                     refused.append(Refused(one.message, "rejected", why))
                 else:
                     ours.append(one)
-            refused += await self._settling.settle(self._line.wire, consumer, ours)
+            refused += await settling.settle(self._line.wire, consumer, ours)
         if any(one.outcome in ("release", "retry", "park") and not one.delay for one in others):
             self._tend_at = 0.0
         return refused
@@ -404,12 +424,13 @@ class RedisSource:
         """Messages that wait for this group, also for their retry or delay, and the age in seconds of the oldest that
         is due. Where entries were deleted from the stream by hand, more than 10,000 are counted as 10,000."""
         wire = await self._line.wire()
-        count, oldest = 0, time.time()
+        now = time.time()
+        count, oldest = 0, now
         for topic, of in zip(self._topics, self._of, strict=True):
             waits, entries = await wire.run(BACKLOG, of, self._group)
             count += waits
             oldest = min([oldest, *(stored_of(entry, topic).timestamp for entry in entries if entry)])
-        return Backlog(count, max(0.0, time.time() - oldest))
+        return Backlog(count, now - oldest)
 
     async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:
         """Give everything back that is not settled, uncounted, but for `keep`: that stays ours until its lease ends.
@@ -425,9 +446,9 @@ class RedisSource:
             self._own.close()
             try:
                 wire = await self._line.wire()
-                for at, of in enumerate(self._of):
-                    kept = [b"%d" % self._settling.places[one.token[0]][1] + one.token[1] for one in keep
-                            if one.token[2] == self._consumer and self._settling.places[one.token[0]][0] == at]  # fmt: skip
+                for of in self._of:
+                    mine = [one.token for one in keep if one.token[2] == self._consumer and one.token[0] in of[:2]]
+                    kept = [b"%d" % (1 + of.index(stream)) + number for stream, number, *_ in mine]
                     await wire.run(LEAVE, of, self._group, self._consumer, *kept)
             except TransportError as error:
                 if not str(error.__cause__ or "").startswith(_GONE):
@@ -443,6 +464,11 @@ class RedisSource:
             await work
         except Exception:
             log.exception("the source of group %r on %s goes on after", self._group, self._topics)
+
+
+def _order(one: bytes) -> tuple[int, int]:
+    milliseconds, _, number = one.partition(b"-")
+    return int(milliseconds), int(number)
 
 
 def _last_delivered(answer: Any, group: bytes) -> bytes:

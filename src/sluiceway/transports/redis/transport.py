@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
 
@@ -13,12 +12,11 @@ from ...source import Subscription
 from ...transport import Features, Finding
 from .entries import MAX_HEADERS, fields_of, stored_of
 from .groups import check_server, findings, info, make_group, missing
-from .keys import Keys, pack
+from .keys import Keys
 from .scripts import DELAY
 from .settings import Settings, check, parse
-from .settling import Settling, refusal
 from .source import Limits, RedisSource
-from .wire import Line, ReplyError
+from .wire import Line, ReplyError, refusal
 
 _PAGE = 500  # messages per step of browse
 _CHUNK = 1000  # messages, and bytes, published and not yet confirmed at a time
@@ -143,10 +141,9 @@ class RedisTransport:
             if failed:
                 why = next(answer for answer in answers if isinstance(answer, ReplyError))
                 failed += rest[len(some) :]
-                raise PublishError(f"{wire.name} refused {failed[0].topic!r}: {why}; {len(failed)} messages not published",
-                                   failed)  # fmt: skip
-            if self._limits.replicas:
-                await Settling(self._keys, "", ["-"], 0, self._limits.replicas).wait_for_replicas(wire)
+                text = f"{wire.name} refused {failed[0].topic!r}: {why}; {len(failed)} messages are not published"
+                raise PublishError(text, failed)
+            await wire.wait_for_replicas(self._limits.replicas)
         except PublishError:
             raise
         except TransportError as error:
@@ -155,7 +152,7 @@ class RedisTransport:
 
     def _command(self, message: Outgoing) -> tuple[Any, ...]:
         if message.delay > 0:
-            return ("EVAL", DELAY.text, 0, pack(self._keys.output(message)))
+            return ("EVAL", DELAY.text, 0, self._keys.output(message))
         topic, group = message.topic, message.group
         return ("XADD", topic if group is None else self._keys.retry(topic, group), "*", *fields_of(message))
 

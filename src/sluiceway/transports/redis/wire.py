@@ -32,7 +32,7 @@ _NO_REPLY = object()
 
 
 class Wire(asyncio.Protocol):
-    """A connection. Use `connect`, then `call`. When it breaks, all calls in progress and later raise TransportError."""
+    """A connection, made by `connect`. When it breaks, all calls in progress and later ones raise TransportError."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -116,6 +116,11 @@ class Wire(asyncio.Protocol):
             raise TransportError(f"{self.name} refuses to {script.what}: {answer}") from answer
         return answer
 
+    async def wait_for_replicas(self, count: int) -> None:
+        """Return when so many replicas have all that was written on this connection. Raises TransportError."""
+        if count and await self.ask("WAIT", count, 5000) < count:
+            raise TransportError(f"{self.name}: fewer than {count} replicas have it after 5 s")
+
     def abort(self, why: str) -> None:
         """Close at once; calls in progress raise. Idempotent."""
         self._fail(why)
@@ -129,6 +134,14 @@ class Wire(asyncio.Protocol):
                 _, future = self._calls.popleft()
                 if not future.done():
                     future.set_exception(TransportError(f"{self.name}: {why}"))
+
+
+def refusal(wire: Wire, what: str, answer: Exception) -> TransportError:
+    """The server's refusal as an error. A server that became a replica is left, so that the next call finds the new
+    primary."""
+    if str(answer).startswith("READONLY"):
+        wire.abort("it is a read-only replica now")
+    return TransportError(f"{wire.name} refuses to {what}: {answer}")
 
 
 async def connect(settings: Settings) -> Wire:

@@ -1,0 +1,24 @@
+"""RabbitMQ, through pika: quorum queues, publisher confirms, and a ladder of delay queues.
+
+transport.py   RabbitMQTransport: connect, publish, browse
+source.py      RabbitMQSource: receive and settle, as the event loop sees them
+inlet.py       the connection of a source: pushes, acks, what is done when it is lost
+outlet.py      the connection that publishes
+tags.py        which deliveries are settled, and the fewest acks that say so
+topology.py    exchanges, queues and the delay ladder: names, how they hang together
+letters.py     messages on the wire
+browser.py     looking at dead letters
+wire.py        pika, made quicker and awaitable
+io_thread.py   the thread on which all connections live
+address.py     the URL and the options
+"""
+
+try:
+    import pika  # noqa: F401
+except ImportError as error:
+    raise ImportError("the RabbitMQ transport needs pika: pip install 'sluiceway[rabbitmq]'") from error
+
+from .source import RabbitMQSource
+from .transport import RabbitMQTransport
+
+__all__ = ["RabbitMQSource", "RabbitMQTransport"]

@@ -1,0 +1,122 @@
+"""The URL and the options of the transport."""
+
+from __future__ import annotations
+
+import math
+import ssl
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import pika
+from msgspec import Struct
+
+from ...errors import ConnectError, OptionError
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """What may stand in the URL behind `?`, by name; `RabbitMQTransport` says what each means."""
+
+    exchange: str = "sluiceway"
+    queue_type: Literal["quorum", "classic"] = "quorum"
+    declare: bool = True
+    heartbeat: int = 30
+    timeout: float = 10.0
+    max_payload: int = 16 * 1024 * 1024
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed, what in (
+            ("exchange", bool(self.exchange) and "|" not in self.exchange and len(self.exchange) < 100, "a short name"),
+            ("queue_type", self.queue_type in ("quorum", "classic"), "'quorum' or 'classic'"),
+            ("heartbeat", 0 <= self.heartbeat <= 65_535, "0 to 65535 seconds"),
+            ("timeout", 0 < self.timeout < math.inf, "more than 0 seconds"),
+            ("max_payload", 1 <= self.max_payload <= 536_870_912, "1 to 536870912 bytes"),
+            ("key", self.key is None or self.cert is not None, "given together with cert"),
+        ):
+            if not allowed:
+                raise OptionError(f"RabbitMQTransport: {name} must be {what}, got {getattr(self, name)!r}")
+
+
+def options_of(url: str) -> dict[str, Any]:
+    """The options in a URL. Raises OptionError that says what is wrong with one."""
+    known: dict[str, Callable[[str], Any]] = dict.fromkeys(Options.__struct_fields__, str)
+    known |= {"declare": _yes_or_no, "heartbeat": int, "timeout": float, "max_payload": int}
+    found = {}
+    for name, value in parse_qsl(urlsplit(url).query, keep_blank_values=True):
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise OptionError(f"an amqp URL has no option {name!r}; {hint}")
+        try:
+            found[name] = known[name](value)
+        except ValueError as error:
+            what = "yes or no" if name == "declare" else "a number"
+            raise OptionError(f"the option {name!r} of an amqp URL must be {what}, got {value!r}") from error
+    return found
+
+
+def _yes_or_no(value: str) -> bool:
+    if value not in ("yes", "no"):
+        raise ValueError(value)
+    return value == "yes"
+
+
+class Address(Struct, frozen=True):
+    """Where the broker is. Nothing that is shown of it has the password."""
+
+    place: str
+    parameters: pika.ConnectionParameters
+
+    def __repr__(self) -> str:
+        return f"Address({self.place!r})"
+
+
+def address_of(url: str, options: Options) -> Address:
+    """Read `amqp://user:password@host:port/vhost`. Raises OptionError, and ConnectError for unreadable TLS files."""
+    parts = urlsplit(url)
+    try:
+        port, tls = parts.port, parts.scheme == "amqps"
+    except ValueError:
+        port, tls = -1, False
+    if (
+        parts.scheme not in ("amqp", "amqps")
+        or not parts.hostname
+        or port == -1
+        or "/" in parts.path[1:]
+        or parts.fragment
+    ):
+        raise OptionError(
+            "an amqp URL is amqp://user:password@host:port/vhost (a / in the vhost is %2F); amqps:// has TLS"
+        )
+    if not tls and (options.ca or options.cert or options.server_name):
+        raise OptionError("ca, cert, key and server_name are for TLS: write amqps:// in front of the URL")
+    port = port or (5671 if tls else 5672)
+    vhost = unquote(parts.path[1:]) or "/"
+    parameters = pika.ConnectionParameters(
+        host=parts.hostname,
+        port=port,
+        virtual_host=vhost,
+        credentials=pika.PlainCredentials(unquote(parts.username or "guest"), unquote(parts.password or "guest")),
+        heartbeat=options.heartbeat,
+        socket_timeout=options.timeout,
+        stack_timeout=options.timeout,
+        ssl_options=_tls(parts.hostname, options) if tls else None,
+        client_properties={"connection_name": "sluiceway"},
+    )
+    return Address(f"{parts.hostname}:{port}, virtual host {vhost!r}", parameters)
+
+
+def _tls(host: str, options: Options) -> pika.SSLOptions:
+    try:
+        context = ssl.create_default_context(cafile=options.ca)
+        if options.cert is not None:
+            context.load_cert_chain(options.cert, options.key)
+    except (OSError, ssl.SSLError) as error:
+        files = ", ".join(name for name in (options.ca, options.cert, options.key) if name)
+        raise ConnectError(f"cannot read the TLS files ({files}): {error}") from error
+    return pika.SSLOptions(context, options.server_name or host)

@@ -1,0 +1,498 @@
+"""The source: one subscription, as the event loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..._decisions.suspicion import suspicions_now
+from ..._decisions.topics import is_pattern
+from ...errors import TransportError
+from ...message import Message, Outgoing, Refused, Settlement
+from ...source import Backlog, Renewer, SourceStatus, Subscription
+from .letters import ALONE, BASE, DUE, TOPIC, Letter, open_letter, pack
+from .tags import Tags
+from .topology import STEP, Names
+from .wire import Delivery
+
+if TYPE_CHECKING:
+    from .transport import RabbitMQTransport
+
+log = logging.getLogger("sluiceway")
+
+_UNUSED = 5.0  # seconds that credit far above the demand is left with the broker
+_CONSUMERS = 8  # after so many one takes their place
+_RETURN = 2.0  # seconds that a suspicion's copy has to come back, before others go first
+
+
+class RabbitMQSource:
+    """One subscription, on a connection of its own. Its scope is the connection's epoch.
+
+    The broker may push as many messages as the pipeline has held and asked for at once in the last seconds, and never
+    more than the window: what waits beside a slow handler could be handled elsewhere. While there are suspects it
+    pushes for one `receive` at a time, so that nothing is in hand beside what runs.
+    """
+
+    settles_at_once = True  # acks only: they are handed to the I/O thread, and the broker answers none
+    returns_failed = True
+
+    def __init__(self, transport: RabbitMQTransport, subscription: Subscription, names: Names) -> None:
+        self.lease: float | None = None
+        self.renewer: Callable[[], Renewer] | None = None
+        self.closed = False
+        self.kept = False  # closed, and its connection is open, for what still runs on threads
+        self._transport = transport
+        self._subscription = subscription
+        self._group = subscription.group
+        self._window = subscription.window
+        self._names = names
+        self._queues = {topic: names.queue(self._group, topic) for topic in subscription.topics}
+        self._overlaps = any(map(is_pattern, subscription.topics))
+        self._own: str | None = next(iter(self._queues.values())) if len(self._queues) == 1 else None
+        self.loop = asyncio.get_running_loop()
+        self._epoch = 0  # 0: no channel is open
+        self._tags = Tags()
+        self._held: dict[int, Message[Any]] = {}  # returned by a receive and not settled, by tag
+        self._buffer: list[Message[Any]] = []  # arrived, and not returned by a receive
+        self._credit = 0  # what the broker may push, over all consumers
+        self._consumers = 0  # at the broker, for each queue: a prefetch cannot change, so that one more adds to it
+        self._stale = 0  # the newest tag of a consumer that has ended
+        self._used = 0.0  # when a large part of the credit was last asked for
+        self._quiet = asyncio.Event()  # no consumer is left, and all that came has arrived
+        self._quiet.set()
+        self._apart = False  # there are suspects
+        self._alone: dict[int, int] = {}  # by tag: suspicions written down for a message that has not run alone yet
+        self._sent: dict[int, set[int]] = {}  # by tag: which of its letters the broker has, though not all
+        self._lost: Counter[str] = Counter()  # by id: hand-overs that ended with a connection, while this process lives
+        self._waiter: asyncio.Future[None] | None = None
+        self._demand = 0
+        self._stopped = False
+        self._trouble: str | None = None
+        self._since = time.time()
+        self._newest = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._inlet = transport.inlet(subscription, list(self._queues.values()), self)
+
+    async def open(self) -> None:
+        """Make the group's queues and connect. Raises TransportError."""
+        await self._transport.io.run(self._inlet.open())
+
+    # -- what the I/O thread says
+
+    def opened(self, epoch: int) -> None:
+        self._epoch, self._tags = epoch, Tags()
+        self._credit = self._consumers = self._stale = 0
+        self._state(None)
+        self._wake()
+
+    def arrived(self, epoch: int, deliveries: list[Delivery]) -> None:
+        if epoch != self._epoch:
+            return
+        self._tags.newest = deliveries[-1][0]
+        unwanted: list[int] = []
+        early: list[Settlement] = []
+        for delivery in deliveries:
+            inbound = open_letter(delivery, epoch, self._explain(delivery))
+            message = inbound.message
+            if inbound.alone is not None:
+                self._alone[delivery[0]] = inbound.alone
+            if inbound.group not in (None, self._group) or (
+                self._overlaps and self._is_another_queues(delivery, message)
+            ):
+                unwanted.append(delivery[0])
+            elif inbound.due and (left := inbound.due - time.time()) > STEP / 10:
+                early.append(Settlement(message, "release", delay=left))
+            else:
+                self._buffer.append(message)
+                self._apart = self._apart or message.suspect
+        if unwanted:
+            self._acknowledge(unwanted)
+        if early:
+            self._in_background(self._climb(early))
+        if self._apart and self._credit:
+            self._withdraw()
+        if self._buffer:
+            self._wake()
+
+    def quiet(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            self._stale = self._tags.newest
+            self._quiet.set()
+            self._wake()
+
+    def lost(self, epoch: int, reason: str) -> None:
+        if self._epoch:
+            for message in [*self._buffer, *self._held.values()]:
+                self._lost[message.id] += 1
+            self._in_background(self._subscription.on_revoke(frozenset({self._epoch}), None))
+        self._epoch = self._credit = self._consumers = 0
+        self._buffer.clear()
+        self._held.clear()
+        self._alone.clear()
+        self._sent.clear()
+        self._quiet.set()
+        self._state(reason)
+        self._wake()
+
+    def _explain(self, delivery: Delivery) -> int:
+        """How many hand-overs of a message that came back ended otherwise than with a process: with a connection of
+        ours, or in a cancel of ours, where the broker takes back what it was about to push."""
+        if not delivery[1]:
+            return 0
+        lost = self._lost.pop(str(delivery[3].message_id), 0)
+        once = (delivery[3].headers or {}).get("x-delivery-count") == 1
+        return lost or int(once and self._transport.was_taken_back(self._queue_of(delivery)))
+
+    def _is_another_queues(self, delivery: Delivery, message: Message[Any]) -> bool:
+        """Whether a better pattern of this group, that we know of, has the message too."""
+        return self._transport.best_queue(self._group, message.topic) not in (None, self._queue_of(delivery))
+
+    def _queue_of(self, delivery: Delivery) -> str:
+        return self._inlet.queues[int(delivery[5].partition(b".")[0])]
+
+    # -- receiving
+
+    async def receive(self, demand: int) -> Sequence[Message[Any]]:
+        """Wait for messages; returns 1 to `demand` of them, or nothing after `stop()` or while the window is 0.
+
+        A lost connection is waited out, and `status()` says so.
+        """
+        while not self._stopped and self._window:
+            if self._apart:
+                if not self._quiet.is_set():
+                    await self._quiet.wait()
+                if self._buffer:
+                    messages = self._take(demand)
+                    self._apart = any(message.suspect for message in messages)
+                    await self._give_back()
+                    return messages
+            elif self._buffer:
+                return self._take(demand)
+            self._demand = demand
+            self._ask()
+            self._waiter = self.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return ()
+
+    def _take(self, demand: int) -> list[Message[Any]]:
+        count, size = 0, 0
+        for message in self._buffer[:demand]:
+            count += 1
+            size += len(message.body)
+            if size >= self._subscription.max_bytes:
+                break
+        messages, self._buffer = self._buffer[:count], self._buffer[count:]
+        self._held.update([(message.token, message) for message in messages])
+        self._newest = max(self._newest, messages[-1].timestamp)
+        return messages
+
+    def _ask(self) -> None:
+        """Let the broker push as much as is held and asked for: what it pushes beyond that, others cannot handle."""
+        if not self._epoch or (not self._quiet.is_set() and not self._credit):
+            return
+        stale = self._tags.open_until(self._stale)
+        need = min(self._window, len(self._held) + self._demand)
+        now = time.monotonic()
+        if 2 * need > self._credit:
+            self._used = now
+        elif now - self._used > _UNUSED:
+            self._withdraw()
+            return
+        more = need - self._credit - stale
+        if more > 0 and not (self._apart and self._credit):
+            if self._consumers == _CONSUMERS:
+                self._withdraw()
+                return
+            self._credit += more
+            self._consumers += 1
+            self._quiet.clear()
+            self._transport.io.call(self._inlet.consume, self._epoch, more)
+
+    def _withdraw(self) -> None:
+        """Let the broker push nothing more."""
+        if self._credit and self._epoch:
+            self._transport.takes_back(self._inlet.queues, self._credit)
+            self._credit = self._consumers = 0
+            self._transport.io.call(self._inlet.cancel, self._epoch)
+
+    def resize(self, window: int) -> None:
+        """Change the window. 0 pauses: a waiting `receive` returns nothing, and what has arrived for it goes back."""
+        if (window == 0) != (self._window == 0):
+            self._since = time.time()
+        if window < self._window:
+            self._withdraw()
+        self._window = window
+        if window == 0:
+            self._in_background(self._clear())
+        self._wake()
+
+    def stop(self) -> None:
+        """Receive nothing more: a waiting `receive` returns nothing, and what has arrived goes back. Idempotent."""
+        if not self._stopped:
+            self._stopped = True
+            self._since = time.time()
+            self._withdraw()
+            self._in_background(self._clear())
+            self._wake()
+
+    async def _clear(self) -> None:
+        await self._quiet.wait()
+        if self._stopped or not self._window:
+            await self._give_back()
+
+    async def _give_back(self) -> None:
+        """Hand back what has arrived and nobody asked for."""
+        buffer, self._buffer = self._buffer, []
+        if buffer:
+            await self._insist([Settlement(message, "release") for message in buffer])
+
+    async def _climb(self, early: list[Settlement]) -> None:
+        """What is not due yet goes up to its next rung."""
+        await self._insist(early)
+
+    async def _insist(self, settlements: Sequence[Settlement]) -> None:
+        while True:
+            try:
+                await self.settle((), settlements)
+            except TransportError as error:
+                log.warning("handing back %d messages failed: %s; trying again", len(settlements), error)
+                await asyncio.sleep(1.0)
+            else:
+                return
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- settling
+
+    async def settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
+        """End deliveries. Acks are on their way when it returns; `flush` waits for them.
+
+        What belongs to others (copies for a retry or a release, dead letters, outputs) is confirmed by the broker
+        before its delivery is acknowledged. Raises TransportError when it cannot be published now.
+        """
+        refused: list[Refused] = []
+        if acks:
+            epoch = self._epoch
+            tags = [message.token for message in acks if message.scope == epoch]
+            self._acknowledge(tags)
+            if len(tags) < len(acks):
+                refused += [Refused(message, "lost", _GONE) for message in acks if message.scope != epoch]
+        if others:
+            refused += await self._settle_others(others)
+        return refused
+
+    def _acknowledge(self, tags: Sequence[int]) -> None:
+        settled = self._tags.settle(tags)
+        if settled:
+            self._transport.io.call(self._inlet.ack, self._epoch, settled)
+        held = self._held
+        for tag in tags:
+            held.pop(tag, None)
+        if self._alone or self._sent:
+            for tag in tags:
+                self._alone.pop(tag, None)
+                self._sent.pop(tag, None)
+        if self._waiter is not None and self._stale:
+            self._ask()
+
+    async def _settle_others(self, others: Sequence[Settlement]) -> list[Refused]:
+        epoch = self._epoch
+        refused = [Refused(one.message, "lost", _GONE) for one in others if one.message.scope != epoch]
+        current = [one for one in others if one.message.scope == epoch and self._tags.is_open(one.message.token)]
+        letters: list[Letter] = []
+        places: list[tuple[int, int]] = []  # of each letter: its settlement, and its number within that
+        bad: dict[int, str] = {}
+        for index, settlement in enumerate(current):
+            sent = self._sent.get(settlement.message.token, ())
+            makers = self._letters(settlement)
+            try:
+                made = [(number, await make()) for number, make in enumerate(makers) if number not in sent]
+            except ValueError as error:  # it cannot be sent as it is; nothing of the settlement is
+                bad[index] = str(error)
+            else:
+                letters += [letter for _, letter in made]
+                places += [(index, number) for number, _ in made]
+        failed = await self._transport.send(letters) if letters else {}
+        again: str | None = None
+        for at, (index, number) in enumerate(places):
+            if at not in failed:
+                self._sent.setdefault(current[index].message.token, set()).add(number)
+            elif not failed[at].mendable:
+                bad[index] = failed[at].text
+            else:
+                again = failed[at].text
+        if self._epoch != epoch:  # the deliveries went back meanwhile
+            return [*refused, *(Refused(one.message, "lost", _GONE) for one in current)]
+        missing = {places[at][0] for at in failed}
+        self._acknowledge(
+            [one.message.token for index, one in enumerate(current) if index not in bad and index not in missing]
+        )
+        if again is not None:
+            raise TransportError(f"the broker has not confirmed what belongs to a settle: {again}")
+        return [*refused, *(Refused(current[index].message, "rejected", text) for index, text in bad.items())]
+
+    def _letters(self, settlement: Settlement) -> list[Callable[[], Awaitable[Letter]]]:
+        """What must be confirmed before a delivery is acknowledged: its outputs, and its copy where it goes back."""
+        message, outcome = settlement.message, settlement.outcome
+        if outcome in ("ack", "dead_letter"):
+            return [partial(self._transport.letter, outgoing) for outgoing in settlement.outputs]
+        if outcome == "retry":  # its handler ended, so whatever died with it before, it was not this message's doing
+            failures = message.failures + settlement.counted
+            return [partial(self._copy, message, failures, 0, delay=settlement.delay)]
+        alone, before = self._alone.get(message.token), message.deliveries - 1
+        return [partial(self._copy, message, message.failures, message.suspicions, before, alone, settlement.delay)]
+
+    async def _copy(
+        self,
+        message: Message[Any],
+        failures: int,
+        suspicions: int,
+        before: int | None = None,
+        alone: int | None = None,
+        delay: float = 0.0,
+    ) -> Letter:
+        more = {TOPIC: message.topic}
+        if before is not None and before != failures + suspicions:
+            more[BASE] = str(before)
+        if alone is not None:
+            more[ALONE] = str(alone)
+        if delay > 0:
+            more[DUE] = repr(time.time() + delay)
+        outgoing = Outgoing(
+            message.topic, message.body, message.key, message.headers, message.id, message.timestamp, delay
+        )
+        queue = self._own or self._transport.best_queue(self._group, message.topic) or self._queues[message.topic]
+        return await self._transport.to_queue(
+            queue, message.body, pack(outgoing, more, failures=failures, suspicions=suspicions), delay
+        )
+
+    async def suspect(self, message: Message[Any]) -> bool:
+        """Write down that the message is suspected: a copy that says so takes its place, and comes back to be run.
+
+        False: the message is not ours any more; or others came before the copy, which comes later. Raises
+        TransportError when it cannot be written now.
+        """
+        tag = message.token
+        if message.scope != self._epoch or not self._tags.is_open(tag):
+            return False
+        if tag not in self._alone:
+            now = suspicions_now(message.deliveries, message.failures, message.suspicions)
+            copy = await self._copy(message, message.failures, message.suspicions, message.deliveries - 1, now)
+            epoch = self._epoch
+            failed = await self._transport.send([copy])
+            if failed:
+                raise TransportError(f"the suspicion of message {message.id} is not written: {failed[0].text}")
+            if self._epoch != epoch:
+                return False
+            self._acknowledge([tag])
+            if not await self._comes_back(message):
+                return False
+        message.suspicions = self._alone.pop(message.token)
+        message.deliveries = message.attempt
+        message.suspect = False
+        return True
+
+    async def _comes_back(self, message: Message[Any]) -> bool:
+        """Wait for the copy of a message, which then stands for it. False: something else came first, or nothing."""
+        self._apart, self._demand = True, 1
+        self._withdraw()
+        try:
+            async with asyncio.timeout(_RETURN):
+                await self._quiet.wait()
+                self._ask()
+                await self._quiet.wait()
+        except TimeoutError:
+            self._withdraw()
+            return False
+        for index, copy in enumerate(self._buffer):
+            if copy.id == message.id and copy.token in self._alone:
+                del self._buffer[index]
+                message.token, message.scope = copy.token, copy.scope
+                self._held[copy.token] = message
+                return True
+        return False
+
+    async def flush(self) -> None:
+        """Return when the broker has all acks."""
+        await self._transport.io.run(self._inlet.flush())
+
+    # -- looking
+
+    def status(self) -> SourceStatus:
+        """How the source is. `held_by_broker`: returned by `receive` and not settled."""
+        scopes = frozenset({self._epoch}) if self._epoch else frozenset()
+        blocked = self._transport.blocked
+        state: Literal["connecting", "running", "paused", "blocked", "stopped"] = (
+            "running" if self._window else "paused"
+        )
+        if self._stopped:
+            state = "stopped"
+        elif not self._epoch:
+            state = "connecting"
+        elif blocked:
+            state = "blocked"
+        return SourceStatus(
+            state=state,
+            since=self._since,
+            error=self._trouble or blocked,
+            scopes=scopes,
+            held_by_broker=len(self._held),
+        )
+
+    def _state(self, trouble: str | None) -> None:
+        if (trouble is None) != (self._trouble is None):
+            self._since = time.time()
+        self._trouble = trouble
+
+    async def backlog(self) -> Backlog | None:
+        """What waits in the queues of this subscription; not what waits on the delay ladder, which all groups share.
+
+        `seconds` is the age of the newest message that was received: the oldest that waits is no older, where messages
+        come in the order of their publishing. 0 before any was received.
+        """
+        count = await self._transport.io.run(self._inlet.waiting()) + len(self._buffer)
+        return Backlog(count, max(0.0, time.time() - self._newest) if count and self._newest else 0.0)
+
+    async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:
+        """Give back what is not settled, uncounted, but for `keep`: for that the connection stays open until this
+        process ends. Idempotent."""
+        if self.closed:
+            return
+        self.stop()
+        self.closed = True
+        kept = {message.token for message in keep if message.scope == self._epoch}
+        try:
+            async with asyncio.timeout(self._transport.timeout):
+                await self._quiet.wait()
+                if self._tasks:
+                    await asyncio.wait(self._tasks)
+                held = [message for tag, message in self._held.items() if tag not in kept]
+                await self.settle((), [Settlement(message, "release") for message in [*self._buffer, *held]])
+                await self.flush()
+        except (TimeoutError, TransportError) as error:
+            log.warning(
+                "%d messages go back to %s as if this process had died: %s", len(self._held), self._inlet, error
+            )
+        for task in self._tasks:
+            task.cancel()
+        self.kept = bool(kept)
+        if not kept:
+            await self._transport.io.run(self._inlet.close())
+
+    def _in_background(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+_GONE = "its channel has ended, and the broker hands the message out again"

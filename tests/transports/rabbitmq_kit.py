@@ -1,0 +1,55 @@
+"""RabbitMQ for tests: one server for the whole run, and names of its own for each test."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import pika
+
+from sluiceway.testing.acceptance import Broker
+from sluiceway.transport import Transport
+from sluiceway.transports.rabbitmq import RabbitMQTransport
+from tests.servers.rabbitmq import RabbitMQServer
+
+
+@cache
+def shared_server() -> RabbitMQServer:
+    """The server that tests share; a start takes seconds. It ends with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="sluiceway-rabbitmq-"))
+    server = RabbitMQServer(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.kill)
+    server.start()
+    return server
+
+
+class RabbitMQBroker(Broker):
+    """All names of a test begin with an exchange of its own, and are deleted after it."""
+
+    name = "rabbitmq"
+    moment = 0.3
+    step = 0.2
+    late = 10.0
+    topics = 1_000
+
+    def __init__(self, server: RabbitMQServer) -> None:
+        self.server = server
+        self.exchange = f"t{uuid.uuid4().hex[:10]}"
+
+    def url(self) -> str:
+        return f"{self.server.url()}?exchange={self.exchange}&max_payload=100000"
+
+    def client(self) -> Transport:
+        return RabbitMQTransport(self.url())
+
+    async def publish_raw(self, topic: str, body: bytes, headers: Mapping[str, bytes] = {}) -> None:  # noqa: B006
+        connection = pika.BlockingConnection(pika.URLParameters(self.server.url()))
+        properties = pika.BasicProperties(headers=dict(headers) or None)
+        connection.channel().basic_publish(self.exchange, topic, body, properties)
+        connection.close()
