@@ -13,7 +13,7 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import latency, memory, memory_use, processes, sqlite, threads
+from . import brokers, latency, memory, memory_use, processes, sqlite, threads
 from .child import ROOT, pin
 from .pairs import Case, Outcome, run_case
 from .report import line, machine, table, write_docs, write_json
@@ -25,6 +25,7 @@ CASES: tuple[Case, ...] = (
     *sqlite.CASES,
     *latency.CASES,
     *memory_use.CASES,
+    *brokers.CASES,
 )
 RESULTS = ROOT / "bench" / "results" / "latest.json"
 DOCS = ROOT / "docs" / "benchmarks.md"

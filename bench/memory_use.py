@@ -56,10 +56,10 @@ async def peak(folder: str, scale: float, file: str, waiting: int) -> dict[str, 
         assert backlog is not None
         assert backlog.messages >= waiting * scale, f"only {backlog.messages} messages waited"
         assert (watch.settled > 0) == (waiting > 0)
-    return {"MiB": _peak() / MIB, "window": watch.largest_window}
+    return {"MiB": peak_bytes() / MIB, "window": watch.largest_window}
 
 
-def _peak() -> float:
+def peak_bytes() -> float:
     """The most bytes this program had in memory. getrusage also counts, on Linux, the process that started it."""
     try:
         status = Path(f"/proc/{os.getpid()}/status").read_text(encoding="ascii")

@@ -22,7 +22,7 @@ def order(number: int) -> Order:
     made = Order(
         f"order-{number:09}", f"customer-{number % 997:06}", number % 100_000 + 1_000_000, "USD", ["a-1", "b-2"], ""
     )
-    made.note = "n" * (200 - len(msgspec.json.encode(made)))
+    made.note = "n" * (200 - len(encode(made)))
     return made
 
 

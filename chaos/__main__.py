@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions: list[str] = []
     skipped: list[str] = []
     try:
-        run_all(chosen, rows, versions, skipped)
+        run_all(chosen, rows, versions, skipped, options.keep)
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
@@ -69,8 +69,9 @@ def choose(only: str) -> list[tuple[type[Broker], list[Fault]]]:
 
 
 def run_all(
-    chosen: Sequence[tuple[type[Broker], Sequence[Fault]]], rows: list[Row], versions: list[str], skipped: list[str]
-) -> None:
+    chosen: Sequence[tuple[type[Broker], Sequence[Fault]]], rows: list[Row], versions: list[str], skipped: list[str],
+    keep: Path | None,
+) -> None:  # fmt: skip
     """Run the cells one after the other, and show how far it is."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2)
@@ -82,7 +83,7 @@ def run_all(
                     versions.append(broker.version())
                     for fault in faults:
                         progress.update(task, description=f"{make.name}, {fault.name}")
-                        rows.append(run_cell(broker, fault))
+                        rows.append(run_cell(broker, fault, keep=keep))
                         progress.console.print(line(rows[-1]), highlight=False, soft_wrap=True)
                         progress.advance(task)
             except pytest.skip.Exception as missing:
@@ -98,6 +99,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only cells with TEXT in 'broker, fault'")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="PATH", help="where the rows go")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep log and ledger of each cell that fails there")
     parser.add_argument("--docs", action="store_true", help="put the rows into docs/reference/faults.md")
     parser.add_argument("--list", action="store_true", help="only show the cells")
     options = parser.parse_args(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,9 +66,10 @@ class Row(Struct, frozen=True, kw_only=True):
         )
 
 
-def run_cell(broker: Broker, fault: Fault, *, patience: float = PATIENCE) -> Row:
-    """Run one cell; whatever goes wrong is in its row. Each step of the recovery may take `patience` seconds. All that
-    the cell started has ended when it returns."""
+def run_cell(broker: Broker, fault: Fault, *, patience: float = PATIENCE, keep: Path | None = None) -> Row:
+    """Run one cell; whatever goes wrong is in its row. Each step of the recovery may take `patience` seconds. With
+    `keep` that folder gets the log and the ledger of a cell that failed. All that it started has ended when it returns.
+    """
     topic = f"jobs-{fault.name.replace(' ', '-')}-{time.time_ns() % 1_000_000}"
     damage, error = None, None
     counts = (0, 0)
@@ -92,7 +94,10 @@ def run_cell(broker: Broker, fault: Fault, *, patience: float = PATIENCE) -> Row
             except Exception as other:  # the others of the matrix are still to come
                 error = f"{type(other).__name__}: {other}"
             said = site.said()
-        return _row(broker, fault, site, damage, counts, said, error)
+        row = _row(broker, fault, site, damage, counts, said, error)
+        if keep is not None and not row.ok:
+            shutil.copytree(folder, keep / topic, dirs_exist_ok=True)
+        return row
 
 
 def _recover(site: Site, damage: Damage, patience: float) -> None:

@@ -127,7 +127,8 @@ class Site:
         """Let the publisher finish what it has begun. Raises Stuck when it cannot."""
         if self.publisher is not None:
             publisher, self.publisher = self.publisher, None
-            self._end(publisher, seconds)
+            publisher.signal(signal.SIGTERM)
+            self._await_end(publisher, seconds)
 
     def end_workers(self, seconds: float = 10.0) -> None:
         """Drain the workers. Raises Stuck when one does not end in good order."""
@@ -136,10 +137,9 @@ class Site:
         for worker in workers:
             worker.signal(signal.SIGTERM)
         for worker in workers:
-            self._end(worker, seconds)
+            self._await_end(worker, seconds)
 
-    def _end(self, actor: Actor, seconds: float) -> None:
-        actor.signal(signal.SIGTERM)
+    def _await_end(self, actor: Actor, seconds: float) -> None:
         try:
             code = actor.process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -90,18 +90,19 @@ async def pull(port: int, count: int, total: int) -> None:
 
 
 async def wire(port: int, count: int, total: int) -> None:
-    from sluiceway.transports.nats.wire import Frame, hand_over, write
+    from sluiceway.transports.nats.wire import Frame, WireClient
 
-    client = await nats.connect(f"nats://127.0.0.1:{port}")
     got: list[Frame] = []
     full = asyncio.Event()
 
-    def take(frames: list[Frame]) -> None:
-        got.extend(frames)
+    def take(found: dict[bytes, list[Frame]]) -> None:
+        for frames in found.values():
+            got.extend(frames)
         if len(got) >= count:
             full.set()
 
-    hand_over(client, take)
+    client = WireClient(take)
+    await client.connect(f"nats://127.0.0.1:{port}")
     inbox = client.new_inbox()
     await client.subscribe(inbox)
     for _ in range(0, total, count):
@@ -110,7 +111,7 @@ async def wire(port: int, count: int, total: int) -> None:
         full.clear()
         for _, _, _, data in got:
             decode(data)
-        write(client, b"".join([b"PUB %b 0\r\n\r\n" % reply for _, reply, _, _ in got]))
+        client.write(b"".join([b"PUB %b 0\r\n\r\n" % reply for _, reply, _, _ in got]))
         got.clear()
     await client.flush()
     await client.close()

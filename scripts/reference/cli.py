@@ -27,7 +27,8 @@ def helps() -> Iterator[tuple[str, str]]:
 
 
 def _helps(command: click.Command, name: str, parent: click.Context | None) -> Iterator[tuple[str, str]]:
-    context = click.Context(command, parent, name, terminal_width=WIDTH, max_content_width=WIDTH, color=False)
+    settings = {**command.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH, "color": False}
+    context = click.Context(command, parent, name, **settings)
     yield context.command_path, "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
     if isinstance(command, click.Group):
         for one in command.list_commands(context):

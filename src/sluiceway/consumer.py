@@ -272,6 +272,7 @@ class ClassConsumer(ConsumerDef):
         self.kind = kind
         self.has_handle = kind.handle is not Consumer.handle
         self.has_batch = kind.handle_batch is not Consumer.handle_batch
+        _check_names(self.name, kind)
         if not (self.has_handle or self.has_batch):
             raise OptionError(f"{self.name}: define handle, handle_batch or both")
         if self.value("batchers") and not self.has_batch:
@@ -306,6 +307,18 @@ class ClassConsumer(ConsumerDef):
         takes(self.kind, 0, NO_CONTEXT)
 
 
+def _check_names(name: str, kind: type[Consumer[Any]]) -> None:
+    """Raise OptionError for a method that looks like a misspelt one: nobody would ever call it, nor miss it."""
+    from difflib import get_close_matches
+
+    for method in vars(kind):
+        near = get_close_matches(method, ("handle_batch", "handle_error", "handle_failed"), n=1, cutoff=0.9)
+        if near and near[0] != method:
+            raise OptionError(
+                f"{name}: did you mean {near[0]!r} by its method {method!r}? Nobody calls that; rename it"
+            )
+
+
 async def _payload(message: Message[Any]) -> Any:
     return message.payload
 
@@ -336,7 +349,9 @@ def consumer(*topics: str, **options: Unpack[ConsumerOptions]) -> ConsumerDecora
     """
     for topic in topics:
         if not isinstance(topic, str):
-            raise OptionError(f'consumer: a topic is a string, got {topic!r}; write @consumer("topic")')
+            raise OptionError(
+                f'consumer: a topic is a string, got {topic!r}; write @consumer("topic"), or @consumer("one", "other")'
+            )
 
     def declare(target: Any) -> Any:
         if inspect.isclass(target):

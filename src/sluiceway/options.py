@@ -246,7 +246,7 @@ OPTIONS: dict[str, Option] = {
     "retry": Option(
         Retry(),
         "How often and how late a failed message is tried again.",
-        _instance(Retry, "a Retry(...)"),
+        _instance(Retry, "a Retry(...), like Retry(attempts=3)"),
         guarantees=("G7", "G8"),
     ),
     "dead_letter_topic": Option(

@@ -102,7 +102,7 @@ def test_a_group_that_is_not_there_yet_is_not_made(sluiceway: Command, here: Pat
     for _ in range(2):
         assert told(sluiceway) == {"payments": (None, None), "orders": (None, None)}
     _, out, _ = sluiceway("backlog")
-    assert "payments  not known: it has not run here yet (group 'shop' has no queue for topic" in out
+    assert "payments  not known: group 'shop' has no queue for topic 'payments.created'; the first run makes" in out
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,18 @@ def test_the_dead_letters_of_a_patterns_consumer_are_found(sluiceway: Command, n
     assert "id-2" in sluiceway("dlq", "show", name, "--id", "id-2")[1]
 
 
+def test_a_topic_that_a_pattern_matches_has_the_dead_letters_of_the_patterns_group(
+    sluiceway: Command, here: Path
+) -> None:
+    (here / "shop.py").write_text(
+        f"from sluiceway import App\napp = App({URL!r})\n"
+        "@app.consumer('orders.*', group='shop')\nasync def orders(message): ...\n"
+    )
+    publish(of_topic("orders.eu", 1), of_topic("orders.us", 2))
+    code, out, errors = sluiceway("dlq", "list", "orders.eu", "--json")
+    assert (code, errors, json.loads(out)["id"]) == (0, "", "id-1")
+
+
 def test_a_purge_of_a_pattern_spares_what_another_consumer_reads_more_exactly(sluiceway: Command, here: Path) -> None:
     with (here / "shop.py").open("a") as file:
         file.write("@app.consumer('orders.eu')\nasync def eu(message): ...\n")

@@ -62,7 +62,7 @@ def test_of_several_modules_the_one_called_app_or_main_is_taken(here: Path) -> N
 def test_several_apps_of_equal_standing_are_listed(here: Path) -> None:
     (here / "one.py").write_text(ONE)
     (here / "two.py").write_text(ONE)
-    assert refused(None) == "there are 2 apps here: one:app, two:app; name the app: sluiceway run module:app"
+    assert refused(None) == "there are 2 apps here: one:app, two:app; name the app, like shop:app"
 
 
 def test_a_command_that_takes_none_of_several_apps_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,18 @@ def test_the_topology_is_shown(sluiceway: Command) -> None:
     assert views["orders"]["dead_letters"] == ["{topic}.shop.dead"]
 
 
+def test_the_delays_of_retries_are_those_that_the_attempts_can_reach(sluiceway: Command) -> None:
+    def failure(retry: str) -> object:
+        guarantees = inspected(sluiceway, "--set", f"payments.retry={retry}")["payments"]["guarantees"]
+        assert isinstance(guarantees, dict)
+        return guarantees["failure"].partition(", then")[0]
+
+    assert failure('{"attempts": 4}') == "4 attempts, 1 to 4 s apart"
+    assert failure('{"attempts": 2, "base_delay": 3600}') == "2 attempts, 3600 s apart"
+    assert failure('{"attempts": 20, "max_delay": 60}') == "20 attempts, 1 to 60 s apart"
+    assert failure('{"attempts": 1}') == "no retry"
+
+
 def test_the_window_and_other_guarantees_follow_from_options_and_broker(sluiceway: Command) -> None:
     views = inspected(sluiceway, "--set", "payments.max_demand=200")
     assert views["payments"]["window"] == [200, 200]

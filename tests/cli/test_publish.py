@@ -43,6 +43,9 @@ def test_an_argument_that_is_not_json_is_refused_with_how_to_write_it(sluiceway:
     assert (code, out) == (2, "")
     assert "the argument 'Ada' is not JSON" in errors
     assert """for a string write '"Ada"', or use --text""" in errors
+    code, _, errors = sluiceway("publish", "greetings", "{name:", "Ada}")
+    assert "the argument '{name:' is not JSON" in errors
+    assert "; write JSON in single quotes, so that the shell leaves its own double quotes" in errors
     assert not (here / "sluiceway.db").exists()
 
 

@@ -616,6 +616,10 @@ class ErrorTakesOne(Direct):
     def handle_error(self, message: Message[Payment]) -> None: ...  # type: ignore[override]
 
 
+class BatchMisspelt(Direct):
+    def handle_bach(self, batch: Batch[Any]) -> None: ...
+
+
 class FailedTakesTwo(Direct):
     def handle_failed(self, a: Any, b: Any) -> None: ...  # type: ignore[override]
 
@@ -624,6 +628,11 @@ class FailedTakesTwo(Direct):
     ("kind", "options", "text"),
     [
         (Neither, {}, "Neither: define handle, handle_batch or both"),
+        (
+            BatchMisspelt,
+            {},
+            "BatchMisspelt: did you mean 'handle_batch' by its method 'handle_bach'? Nobody calls that",
+        ),
         (Direct, {"batchers": {"s3": Batching()}}, "Direct: batchers need a handle_batch"),
         (TwoArguments, {}, "TwoArguments: the constructor takes nothing or the context; got TwoArguments(a: 'int', b:"),
         (HandleTakesTwo, {}, "HandleTakesTwo: handle takes (self, message); got handle("),
@@ -632,7 +641,7 @@ class FailedTakesTwo(Direct):
         (FailedTakesTwo, {}, "FailedTakesTwo: handle_failed takes (self, messages); got handle_failed("),
         (Direct, {"concurrency": True}, "Direct: concurrency must be a whole number, 1 or more; got True"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_class_that_cannot_be_a_consumer_is_refused_when_it_is_declared(
     kind: type[Consumer[Any]], options: dict[str, Any], text: str

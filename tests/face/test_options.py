@@ -56,7 +56,7 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
         [None, [], {"s3": 5}, {5: Batching()}, {"": Batching()}, "s3"],
         "a mapping from batcher names to Batching(...)",
     ),
-    "retry": ([Retry(), Retry(attempts=1)], [None, 3, {"attempts": 3}, Retry], "a Retry(...)"),
+    "retry": ([Retry(), Retry(attempts=1)], [None, 3, {"attempts": 3}, Retry], "a Retry(...), like Retry(attempts=3)"),
     "dead_letter_topic": (
         ["dead", "a.b.dead", None],
         ["", "a b", "a.#", "*", 5, b"a"],

@@ -16,14 +16,12 @@ from tests.servers.server import Server, find
 class NATSServer(Server):
     """`settings` go into its configuration as they are, such as `{"authorization": {"token": "secret"}}`."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None, *, jetstream: bool = True) -> None:
         super().__init__(folder)
         self._program = find("nats-server")
-        config = {
-            "listen": f"127.0.0.1:{self.port}",
-            "jetstream": {"store_dir": str(folder / "data"), "max_mem": 1 << 28, "max_file": 1 << 31},
-            **(settings or {}),
-        }
+        config: dict[str, Any] = {"listen": f"127.0.0.1:{self.port}", **(settings or {})}
+        if jetstream:
+            config["jetstream"] = {"store_dir": str(folder / "data"), "max_mem": 1 << 28, "max_file": 1 << 31}
         self._config = folder / "nats.conf"
         self._config.write_text(json.dumps(config))
 

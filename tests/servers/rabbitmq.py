@@ -15,7 +15,8 @@ _SCRIPTS = Path("/usr/lib/rabbitmq/bin")  # Debian's; those in /usr/sbin switch 
 
 
 class RabbitMQServer(Server):
-    """`settings` are lines of rabbitmq.conf. With `certificate`, `key` and `ca` it takes TLS too, on `tls_port`."""
+    """`settings` are lines of rabbitmq.conf. With `certificate`, `key` and `ca` it takes TLS too, on `tls_port`; with
+    `ask_client` only from those whose certificate `ca` has signed."""
 
     ready_in = 60.0
 
@@ -27,6 +28,7 @@ class RabbitMQServer(Server):
         certificate: Path | None = None,
         key: Path | None = None,
         ca: Path | None = None,
+        ask_client: bool = False,
     ) -> None:
         super().__init__(folder)
         self._program = self._script("rabbitmq-server")
@@ -49,7 +51,7 @@ class RabbitMQServer(Server):
                 f"ssl_options.certfile = {certificate}",
                 f"ssl_options.keyfile = {key}",
                 "ssl_options.verify = verify_peer",
-                "ssl_options.fail_if_no_peer_cert = false",
+                f"ssl_options.fail_if_no_peer_cert = {str(ask_client).lower()}",
             ]
         (folder / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
         (folder / "enabled_plugins").write_text("[].\n")

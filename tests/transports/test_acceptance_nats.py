@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-import nats
 import pytest
 
 from sluiceway.testing.acceptance import *  # noqa: F403  # the tests
 from sluiceway.testing.acceptance import Broker
-from sluiceway.transport import Transport
-from sluiceway.transports.nats import NATSTransport
 from tests.servers.nats import NATSServer
-
-
-class NATSBroker(Broker):
-    name = "nats"
-    topics = 2000
-
-    def __init__(self, server: NATSServer) -> None:
-        self._server = server
-
-    def client(self) -> Transport:
-        return NATSTransport(f"127.0.0.1:{self._server.port}", lease=0.5)
-
-    def url(self) -> str:
-        return f"{self._server.url()}?lease=0.5"
-
-    async def open(self) -> None:
-        await self._server.empty()
-
-    async def publish_raw(self, topic: str, body: bytes, headers: Mapping[str, bytes] = {}) -> None:  # noqa: B006
-        await self._server.publish(topic, body, headers)
-
-    async def restart(self) -> None:
-        await asyncio.to_thread(self._server.kill)
-        await asyncio.to_thread(self._server.start)
+from tests.servers.proxy import Proxy
+from tests.transports.nats_kit import NATSBroker
 
 
 @pytest.fixture(scope="module")
@@ -46,5 +20,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NATSServer]:
 
 
 @pytest.fixture
-def broker(server: NATSServer) -> Broker:
-    return NATSBroker(server)
+def broker(server: NATSServer) -> Iterator[Broker]:
+    with Proxy(server.port) as proxy:
+        yield NATSBroker(server, proxy)

@@ -13,5 +13,5 @@ __all__ = ["redis_server"]
 
 
 @pytest.fixture
-def broker(redis_server: RedisServer) -> Broker:  # noqa: F811
+def broker(redis_server: RedisServer) -> Broker:
     return RedisBroker(redis_server)

@@ -107,7 +107,7 @@ async def test_a_replica_and_a_cluster_are_refused(tmp_path: Path) -> None:
         server.ask("REPLICAOF", "127.0.0.1", str(free_port()))
         with pytest.raises(ConnectError, match="is a replica"):
             await RedisTransport(server.url()).connect()
-    cluster = RedisServer(tmp_path / "cluster", {"cluster-enabled": "yes"})
+    cluster = RedisServer(tmp_path / "cluster", {"cluster-enabled": "yes", "cluster-port": str(free_port())})
     with cluster as server, pytest.raises(ConnectError, match="cluster"):
         await RedisTransport(server.url()).connect()
 

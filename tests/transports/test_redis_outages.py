@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +48,7 @@ async def test_a_read_whose_answer_was_lost_is_received_again_untouched(
     proxy.stall("replies")
     async with connected(redis_server) as other:
         await publish(other, "t", *numbered(5))
-    await until(lambda: redis_server.ask("XPENDING", "t", "g")[0] == 5)
+    await until(lambda: redis_server.ask("XPENDING", "t", "g")[0] > 0)
     proxy.cut()
     proxy.heal()
     messages = list(await asyncio.wait_for(call, 10))
@@ -169,3 +170,43 @@ async def test_cancelling_a_receive_loses_nothing(redis_server: RedisServer) -> 
             seen += bodies(messages)
             await source.settle(messages, [])
         assert sorted(seen, key=int) == numbered(30)
+
+
+@pytest.mark.parametrize("moment", ["while it waits", "while it connects"])
+async def test_stopping_when_the_network_stands_still_ends_promptly(
+    redis_server: RedisServer, proxy: Proxy, moment: str
+) -> None:
+    transport = through(proxy)
+    await transport.connect()
+    source = await subscribe(transport, "t")
+    if moment == "while it connects":
+        proxy.stall()
+    call = asyncio.create_task(source.receive(100))
+    await asyncio.sleep(0.2)
+    proxy.stall()
+    began = time.monotonic()
+    source.stop()
+    assert list(await asyncio.wait_for(call, 10)) == []
+    assert time.monotonic() - began < 2
+    proxy.heal()
+    await transport.aclose()
+
+
+async def test_a_publish_waits_for_as_many_replicas_as_the_option_says(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    redis_server.ask("FLUSHALL")
+    async with connected(redis_server, replicas=1) as transport:
+        with pytest.raises(PublishError, match="fewer than 1 replicas have it"):
+            await publish(transport, "t", b"a")
+        with RedisServer(tmp_path, {"replicaof": f"127.0.0.1 {redis_server.port}"}) as replica:
+            deadline = time.monotonic() + 15
+            while b"master_link_status:up" not in replica.ask("INFO", "replication"):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.05)
+            await publish(transport, "t", b"b")
+            assert replica.ask("XLEN", "t") == 2
+            source = await subscribe(transport, "t")
+            others = [Settlement(one, "retry", delay=60) for one in await get(source, 2)]
+            assert not await source.settle([], others)
+            assert replica.ask("ZCARD", "sluiceway:due:{t}:g") == 2

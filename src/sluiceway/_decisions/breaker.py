@@ -25,9 +25,9 @@ class Breaker:
     half-open: one message passes, the probe. When that succeeds the breaker closes; when it fails, it opens again, for
     longer each time, as `backoff` says.
 
-    A probe's failure is the dependency's and not the message's own. But it may be the message. So one that has failed as
-    the probe gives way once, each time that the breaker is half-open, to those that have not; and when there are none,
-    or none of them succeeds either, of every `PROBES` failed probes of one message the last counts against it.
+    A probe's failure is the dependency's and not the message's own. But it may be the message. So one that has failed
+    as the probe gives way once, each time that the breaker is half-open, to those that have not; and when there are
+    none, or none of them succeeds either, of every `PROBES` failed probes of one message the last counts.
 
     All methods take `now` in seconds; `draw` is a random number between 0 and 1. `message` is what names a message.
     """

@@ -113,7 +113,7 @@ async def _row(app: App, definition: ConsumerDef) -> Row:
         findings = await app.transport.ensure([subscription], create=False)
         missing = [one.text for one in findings if one.level == "error"]
         if missing:  # opening a source would make it, and decide where it begins
-            why = f"it has not run here yet ({missing[0]})"
+            why = f"{missing[0].partition(';')[0]}; the first run makes what is missing"
         else:
             found = await _backlog(app, definition.name, subscription)
     row = Row(consumer=definition.name, topics=definition.topics, group=group, why=why)

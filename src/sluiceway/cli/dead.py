@@ -9,7 +9,7 @@ import click
 from msgspec import Struct
 
 from .._decisions.policy import DEAD_PREFIX, without_dead_headers
-from .._decisions.topics import best_match, check_topic, dead_letter_topic, is_dead_letter_topic, is_pattern
+from .._decisions.topics import best_match, check_topic, dead_letter_topic, is_dead_letter_topic, is_pattern, matches
 from ..app import App
 from ..consumer import ConsumerDef
 from ..errors import PublishError, unknown
@@ -97,6 +97,13 @@ def topics_of(app: App, name: str | None, group: str | None, *, exact: bool) -> 
     if any(name in _dead_topics(app, one) for one in app.consumers.values()):
         return (name,)
     check_topic(name, pattern=False)
+    by_pattern = [
+        one.value("dead_letter_topic") or dead_letter_topic(name, group_of(app, one))
+        for one in app.consumers.values()
+        if group in (None, group_of(app, one)) and any(matches(topic, name) for topic in one.topics)
+    ]
+    if by_pattern:
+        return tuple(dict.fromkeys(by_pattern))
     known = {*app.consumers, *(topic for one in app.consumers.values() for topic in one.topics)}
     if name not in known:
         hint(f"no consumer of the app is called {name!r} or reads that", name, known)

@@ -25,7 +25,7 @@ from .exits import BROKER, Fault
 
 ENVIRONMENT = "SLUICEWAY_APP"
 URL_ENVIRONMENT = "SLUICEWAY_URL"
-HOW = "name the app: sluiceway run module:app"
+HOW = "name the app, like shop:app"
 FIRST = ("app", "main")  # of several modules that make an app, these win
 MOST_MODULES = 500
 MOST_BYTES = 1_000_000

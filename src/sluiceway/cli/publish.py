@@ -347,6 +347,8 @@ def _argument(text: str, making: Making) -> Outgoing:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         quoted = msgspec.json.encode(text.encode(errors="replace").decode()).decode().replace("'", "'\\''")
         hint = f"; for a string write '{quoted}', or use --text" if len(text) <= 60 else ""
+        if text.startswith(("{", "[")):
+            hint = "; write JSON in single quotes, so that the shell leaves its own double quotes"
         raise Fault(f"{where} is not JSON ({error}){hint}") from None
     return making.message(os.fsencode(text), where)
 

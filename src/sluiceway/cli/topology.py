@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from .._decisions.backoff import retry_delay
 from .._decisions.topics import dead_letter_topic, is_pattern
 from ..app import App
 from ..assembly import check_features, window_bounds
@@ -152,10 +153,14 @@ def _runs_in_loop(app: App, definition: ConsumerDef) -> bool:
 def _retry(definition: ConsumerDef) -> str:
     retry = definition.value("retry")
     if definition.value("exhausted") == "retry":
-        return f"for ever, {retry.base_delay:g} to {retry.longest_delay:g} s apart"
+        return f"for ever, {_apart(retry.base_delay, retry.longest_delay)}"
     if retry.attempts == 1:
         return "no retry"
-    return f"{retry.attempts} attempts, {retry.base_delay:g} to {retry.longest_delay:g} s apart"
+    return f"{retry.attempts} attempts, {_apart(retry.base_delay, retry_delay(retry, retry.attempts - 1, 0.0))}"
+
+
+def _apart(first: float, last: float) -> str:
+    return f"{first:g} s apart" if first == last else f"{first:g} to {last:g} s apart"
 
 
 def _guarantees(app: App, definition: ConsumerDef, view: ConsumerView) -> dict[str, str]:

@@ -97,6 +97,14 @@ async def test_a_replay_whose_publish_is_refused_deletes_nothing(kit: Kit) -> No
     assert await kit.at_rest(DEAD) == [b"1"]
 
 
+@guarantee("at rest", needs=("durable", "browse"), lacks="retains", hooks="url")
+async def test_a_replay_to_a_topic_that_nobody_wants_is_refused_and_deletes_nothing(kit: Kit) -> None:
+    await fail(kit, b"1", b"2")
+    code, _, errors = await dlq(kit, "replay", "t", "--yes", "--to", "nobody")
+    assert code != 0, errors
+    assert sorted(await kit.at_rest(DEAD)) == [b"1", b"2"]
+
+
 @guarantee("at rest", needs=("durable", "browse"), hooks="url")
 async def test_a_purge_deletes_what_it_names_and_nothing_else(kit: Kit) -> None:
     first, *_ = await fail(kit, *numbered(4))

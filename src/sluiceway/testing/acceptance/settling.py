@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ...message import Outgoing, Settlement
+from ...message import Outcome, Outgoing, Settlement
 from .guarantees import guarantee
 from .kit import Kit, bodies, numbered
 
@@ -208,6 +208,24 @@ async def test_settling_twice_is_harmless(kit: Kit) -> None:
         await kit.one(copies)
         await kit.nothing(copies)
     assert not await source.settle([other], [])
+
+
+@pytest.mark.parametrize("outcome", ["retry", "release"])
+@guarantee("G3")
+async def test_a_settle_that_is_sent_again_when_the_message_has_come_again_leaves_that_alone(
+    kit: Kit, outcome: Outcome
+) -> None:
+    source = await kit.open("t")
+    await kit.publish("t", b"a")
+    first = await kit.one(source)
+    await source.settle([], [Settlement(first, outcome)])
+    second = await kit.one(source)
+    refused = await source.settle([], [Settlement(first, outcome)])  # as when its answer was lost
+    assert all((one.message, one.kind) == (first, "lost") for one in refused)
+    await kit.nothing(source)
+    assert not await source.settle([second], [])
+    await source.aclose()
+    await kit.nothing(await kit.open("t"))
 
 
 @guarantee("G3", "G13")

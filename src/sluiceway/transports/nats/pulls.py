@@ -20,6 +20,7 @@ from .wire import Frame
 
 BEAT = 5.0  # seconds between the server's heartbeats while a pull waits
 LINGER = 60.0  # seconds that a pull waits
+TURN = 0.1  # where the demand is less than one for each consumer
 PATIENCE = 3.0  # seconds that an answer at once may take
 
 
@@ -75,7 +76,7 @@ class Pulls:
         if not (self.arrived or self.stopped() or self.trouble):
             free = demand - sum(self._open.values())
             few = free < len(consumers) - len(self._open)
-            wait: dict[str, object] = {"expires": int((1.0 if few else LINGER) * 1e9)}
+            wait: dict[str, object] = {"expires": int((TURN if few else LINGER) * 1e9)}
             if not few:
                 wait["idle_heartbeat"] = int(BEAT * 1e9)
             closed = [index for index in range(len(consumers)) if index not in self._open]

@@ -52,6 +52,10 @@ class NATSSource:
         self._streams = streams
         self._publisher = publisher
         self._consumers: list[Consumer] = []
+        self._by_path: dict[str, Consumer] = {}
+        self._noted_to = 0  # up to here messages may have a note though they come for the first time
+        self._plain = b""  # how the ack subject of a first delivery begins, where nothing else has to be looked at
+        self._topics: dict[bytes, str] = {}
         self._siblings: dict[str, dict[str, Consumer]] = {}  # by stream
         self._patterns = any(map(is_pattern, subscription.topics))
         self._start: Start = subscription.start
@@ -100,6 +104,10 @@ class NATSSource:
             streams = {consumer.stream for consumer in found}
             self._siblings = {stream: await self._streams.siblings(stream, group) for stream in streams}
         self._consumers = found
+        self._by_path = {consumer.path: consumer for consumer in found}
+        self._noted_to = max([consumer.noted for consumer in found], default=0)
+        simple = len(found) == 1 and not (self._patterns or found[0].since or self._noted_to)
+        self._plain = f"$JS.ACK.{found[0].path}.1.".encode() if simple else b"\0"
         self._pulls.trouble.clear()
 
     async def _poll(self) -> None:
@@ -193,32 +201,31 @@ class NATSSource:
         messages: list[Message[Any]] = []
         again: list[tuple[Message[Any], Delivery, float]] = []
         skipped: list[Token] = []
-        group = self.subscription.group
-        now = time.time()
-        consumers = {consumer.path: consumer for consumer in self._consumers}
+        group, held, now = self.subscription.group, self._held, time.time()
         for came, frames in arrived:
             for subject, reply, block, body in frames:
-                delivery = read_delivery(reply)
                 envelope, due, stranger = read_headers(block)
-                topic = topic_of(subject.decode())
-                timestamp = delivery.stored if envelope.timestamp is None else envelope.timestamp
-                consumer = consumers.get(f"{delivery.stream}.{delivery.consumer}")
+                topic = self._topics.get(subject) or self._name(subject)
                 token = (reply, came)
+                if reply.startswith(self._plain) and envelope.id and envelope.timestamp is not None and due <= now:
+                    delivery, id, timestamp = None, envelope.id, envelope.timestamp
+                else:
+                    delivery = read_delivery(reply)
+                    id = envelope.id or stranger or f"{delivery.stream}-{delivery.seq}"
+                    timestamp = delivery.stored if envelope.timestamp is None else envelope.timestamp
                 if (envelope.group is not None and envelope.group != group) or (
-                    consumer is not None and not self._wants(consumer, topic, timestamp, delivery)
+                    delivery is not None and not self._wants(topic, timestamp, delivery)
                 ):
                     skipped.append(token)
                     continue
                 message: Message[Any] = Message(
-                    topic, body, envelope.id or stranger or f"{delivery.stream}-{delivery.seq}", envelope.key,
-                    envelope.headers, timestamp, None, token, 1, envelope.failures, envelope.suspicions,
+                    topic, body, id, envelope.key, envelope.headers, timestamp, None, token, 1, envelope.failures,
+                    envelope.suspicions, error=envelope.error,
                 )  # fmt: skip
-                if envelope.error is not None:
-                    message.error = envelope.error
-                self._held[token] = message
-                if delivery.count > 1 or due > now or (consumer is not None and delivery.seq <= consumer.noted):
-                    again.append((message, delivery, due))
+                held[token] = message
                 messages.append(message)
+                if delivery is not None and (delivery.count > 1 or due > now or delivery.seq <= self._noted_to):
+                    again.append((message, delivery, due))
         if skipped:
             await self._connection.ask([(reply.decode(), b"", b"+ACK") for reply, _ in skipped])
         if again:
@@ -226,9 +233,16 @@ class NATSSource:
             messages = [message for message in messages if message not in late]
         return messages
 
-    def _wants(self, consumer: Consumer, topic: str, timestamp: float, delivery: Delivery) -> bool:
-        if consumer.since and timestamp < consumer.since:
-            return False
+    def _name(self, subject: bytes) -> str:
+        if len(self._topics) >= 10_000:
+            self._topics.clear()
+        topic = self._topics[subject] = topic_of(subject.decode())
+        return topic
+
+    def _wants(self, topic: str, timestamp: float, delivery: Delivery) -> bool:
+        consumer = self._by_path.get(f"{delivery.stream}.{delivery.consumer}")
+        if consumer is None or timestamp < consumer.since:
+            return consumer is None
         siblings = self._siblings.get(consumer.stream)
         return siblings is None or belongs(consumer, siblings, topic, delivery.seq, delivery.stored)
 
@@ -298,7 +312,12 @@ class NATSSource:
         return refused
 
     def _ours(self, messages: Sequence[Message[Any]], refused: list[Refused]) -> list[Message[Any]]:
-        lost = [one for one in messages if one.token not in self._held or self._leases.lost(one.token)]
+        held, fresh = self._held, self._leases.fresh()
+        lost = [
+            one
+            for one in messages
+            if one.token not in held or (one.token[1] < fresh and self._leases.lost(one.token))
+        ]
         if not lost:
             return list(messages)
         for message in lost:

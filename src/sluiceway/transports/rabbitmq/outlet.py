@@ -183,6 +183,7 @@ class Outlet:
 
     def _on_return(self, _: Any, method: Any, properties: Any, __: bytes) -> None:
         """It reaches no queue. Its confirm follows; what is equal goes the same way, so the first that fits is it."""
+        self.known.clear()  # somebody may have deleted what we made
         for call, index in self._unconfirmed.values():
             letter = call.letters[index]
             same = (letter.exchange, letter.key) == (method.exchange, method.routing_key)

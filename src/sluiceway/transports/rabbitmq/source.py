@@ -17,7 +17,7 @@ from ...message import Message, Outgoing, Refused, Settlement
 from ...source import Backlog, Renewer, SourceStatus, Subscription
 from .letters import ALONE, BASE, DUE, TOPIC, Letter, open_letter, pack
 from .tags import Tags
-from .topology import STEP, Names
+from .topology import Names
 from .wire import Delivery
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RabbitMQSource:
                 self._overlaps and self._is_another_queues(delivery, message)
             ):
                 unwanted.append(delivery[0])
-            elif inbound.due and (left := inbound.due - time.time()) > STEP / 10:
+            elif inbound.due and (left := inbound.due - time.time()) > 0.001:
                 early.append(Settlement(message, "release", delay=left))
             else:
                 self._buffer.append(message)

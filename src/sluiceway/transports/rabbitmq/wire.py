@@ -166,7 +166,7 @@ async def connect(parameters: pika.ConnectionParameters, place: str) -> Connecti
 def explain(error: BaseException) -> str:
     """What went wrong, and what to do, as far as that can be told."""
     inner: Any = error
-    while inner is not None:  # how far pika came, around why it came no further
+    while isinstance(inner, BaseException):  # how far pika came, around why it came no further
         error = inner
         inner = (
             inner.exceptions[-1]

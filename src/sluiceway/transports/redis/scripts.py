@@ -172,7 +172,7 @@ for i = 4, #ARGV do
   for j = 7, #op do outputs[j - 6] = list(op[j]) end
   local base = 1 + 7 * op[1]
   local stream, retry, due, suspicions = KEYS[base + which], KEYS[base + 2], KEYS[base + 3], KEYS[base + 5]
-  local p = call('XPENDING', stream, group, id, id, 1, me)[1]
+  local p = redis.pcall('XPENDING', stream, group, id, id, 1, me)[1]  -- none of a group that was deleted
   if not p then
     lost[#lost + 1] = i - 4
   elseif not fits(outputs) then

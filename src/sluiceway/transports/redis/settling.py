@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...message import Message, Outgoing, Refused, Settlement, new_id
@@ -35,20 +35,14 @@ class Settling:
             self.places[topic] = (at, 1)
         self._sent: tuple[Sequence[Settlement], list[_Chunk]] | None = None  # and it is not known whether it arrived
 
-    async def ack(self, wire: Wire, acks: Iterable[Message[Any]]) -> None:
+    async def ack(self, wire: Wire, tokens: Sequence[Any]) -> None:
         """Acks, unfenced, in one round trip. Sent twice they do nothing."""
-        ids: dict[str, list[bytes]] = {}
-        for message in acks:
-            stream = message.token[0]
-            if stream in ids:
-                ids[stream].append(message.token[1])
-            else:
-                ids[stream] = [message.token[1]]
         commands: list[tuple[Any, ...]] = []
-        for stream, some in ids.items():
-            commands.append(("XACK", stream, self._group, *some))
+        for stream in {token[0] for token in tokens}:
+            ids = [token[1] for token in tokens if token[0] == stream]
+            commands.append(("XACK", stream, self._group, *ids))
             if self.places[stream][1] == 2:
-                commands.append(("XDEL", stream, *some))
+                commands.append(("XDEL", stream, *ids))
         for answer in await wire.call(*commands):
             if isinstance(answer, ReplyError):
                 raise refusal(wire, "acknowledge", answer)
@@ -66,11 +60,12 @@ class Settling:
                 keys = (self._keys.record(*self._record, consumer), *self._of_topics)
                 line = await wire()
                 chunk.answer = await line.run(SETTLE, keys, self._group, consumer, chunk.number, *chunk.packed)
-                await line.wait_for_replicas(self._replicas)
             lost, rejected = chunk.answer
             detail = "an output's topic is a key that holds no stream"
             refused += [Refused(chunk.messages[at], "lost") for at in lost]
             refused += [Refused(chunk.messages[at], "rejected", detail) for at in rejected]
+        if self._replicas:
+            await (await wire()).wait_for_replicas(self._replicas)
         self._sent = None
         return refused
 

@@ -31,6 +31,7 @@ from .wire import Line, ReplyError, Wire
 log = logging.getLogger("sluiceway")
 
 _BUSY = 0.1  # seconds: while messages come in without a pause, retries and releases are looked for this often
+_PROMPT = 1.0  # seconds after which a read that has to end is cut off
 _TRIM = 1.0  # seconds between two looks at what all groups have finished
 _GONE = ("NOGROUP", "UNBLOCKED", "ERR no such key", "ERR The XGROUP")  # how the server says that a group is not there
 
@@ -78,7 +79,7 @@ class RedisSource:
         self._left: list[Message[Any]] = []  # received, and not yet returned
         self._bells: list[bytes] = []  # heard, and not yet looked after
         self._serial = 0
-        self._bytes_each = 1.0  # what a message of the last read came to on the wire
+        self._bytes_each = subscription.max_bytes / 10  # what a message of the last read came to on the wire
         self._busy = False  # the last read brought all it was to
         self._blocked: Wire | None = None  # the connection on which a read waits
         self._reading = asyncio.Lock()
@@ -156,7 +157,9 @@ class RedisSource:
         return count
 
     async def _receive(self, want: int) -> list[Message[Any]]:
-        wire = await self._own.wire()
+        wire = await self._reach()
+        if wire is None:
+            return []
         now = time.monotonic()
         if wire is not self._known_wire or now >= self._recover_at:
             await self._recover(wire)
@@ -170,6 +173,18 @@ class RedisSource:
             if found or not self._may_wait():
                 return found
         return await self._wait(wire, want)
+
+    async def _reach(self) -> Wire | None:
+        """The connection to read on; None when the receive has to end before there is one."""
+        if self._own.up:
+            return await self._own.wire()
+        reaching, waking = asyncio.ensure_future(self._own.wire()), asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait((reaching, waking), return_when=asyncio.FIRST_COMPLETED)
+            return reaching.result() if reaching.done() else None
+        finally:
+            reaching.cancel()
+            waking.cancel()
 
     def _may_hold(self) -> bool:
         return not self._stopped and self._window > 0
@@ -326,17 +341,19 @@ class RedisSource:
 
     def _interrupt(self) -> None:
         self._wake.set()
-        if self._blocked is not None:
-            self._in_background(self._unblock(self._blocked))
+        if self._reading.locked():
+            self._in_background(self._unblock())
 
-    async def _unblock(self, wire: Wire) -> None:
+    async def _unblock(self) -> None:
         """End a read that waits at the server; what it brings meanwhile is received as ever."""
         try:
-            while self._blocked is wire and wire.lost is None and not self._may_wait():
-                await (await self._line.wire()).ask("CLIENT", "UNBLOCK", wire.client_id, seconds=2.0)
-                await asyncio.sleep(0.005)
-        except TransportError:
-            wire.abort("the read had to end")  # what it would have brought goes back
+            async with asyncio.timeout(_PROMPT):
+                while self._reading.locked() and not self._may_hold():
+                    if self._blocked is not None:
+                        await (await self._line.wire()).ask("CLIENT", "UNBLOCK", self._blocked.client_id)
+                    await asyncio.sleep(0.005)
+        except (TransportError, TimeoutError):
+            self._own.close()  # what it would have brought goes back, or is found by the next receive
 
     # -- settling
 
@@ -347,9 +364,9 @@ class RedisSource:
         consumer = self._consumer
         wire = await self._line.wire()  # before the lease is looked at: this may take a while
         fenced = time.monotonic() - renewed.get(consumer, 0.0) > self._lease * 2 / 3
-        plain = [one for one in acks if one.token[2] == consumer and not (fenced or one.suspicions)]
+        plain = [one for one in acks if one.scope == consumer and not (fenced or one.suspicions)]
         if plain:
-            await self._settling.ack(wire, plain)
+            await self._settling.ack(wire, [one.token for one in plain])
         rest: list[Settlement] = []
         if len(plain) != len(acks):
             known = {id(one) for one in plain}
@@ -440,6 +457,7 @@ class RedisSource:
             return
         self.stop()
         self.closed = True
+        renewed.pop(self._consumer, None)
         async with self._reading:
             self._left.clear()
             self._held.clear()

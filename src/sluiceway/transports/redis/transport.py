@@ -131,8 +131,8 @@ class RedisTransport:
             del rest[:count]
 
     async def _publish(self, some: list[Outgoing], rest: Sequence[Outgoing]) -> None:
-        commands = [self._command(message) for message in some]
         try:
+            commands = [self._command(message) for message in some]
             wire = await self._line.wire()
             answers = await wire.call(*commands)
             if (answer := answers[0]).__class__ is ReplyError and str(answer).startswith("READONLY"):
@@ -146,6 +146,10 @@ class RedisTransport:
             await wire.wait_for_replicas(self._limits.replicas)
         except PublishError:
             raise
+        except (TypeError, AttributeError) as error:
+            raise PublishError(
+                f"{len(rest)} messages are not published: one is not as it must be ({error})", rest
+            ) from error
         except TransportError as error:
             text = f"{len(rest)} messages were not confirmed, and may be published or not: {error}"
             raise PublishError(text, rest) from error
@@ -188,11 +192,15 @@ class RedisTransport:
         check_topic(topic, pattern=False)
         if after is not None and not all(part.isdigit() for part in after.split("-", 1)):
             raise OptionError(f"{after!r} is no position in a stream; use one that browse showed")
-        position = "-" if after is None else f"({after}"
-        while page := await (await self._line.wire()).ask("XRANGE", topic, position, "+", "COUNT", _PAGE):
+        position, count = "-" if after is None else f"({after}", 10
+        wire = await self._line.wire()
+        while page := await wire.ask("XRANGE", topic, position, "+", "COUNT", count):
             for entry in page:
                 yield stored_of(entry, topic)
             position = f"({page[-1][0].decode()}"
+            largest = max(sum(map(len, entry[1])) for entry in page)
+            count = max(1, min(_PAGE, _CHUNK_BYTES // max(1, largest)))
+            wire = await self._line.wire()
 
     async def remove(self, stored: Sequence[Stored]) -> None:
         """Delete messages that `browse` showed, for all groups. One that is gone is no error."""

@@ -88,9 +88,9 @@ class Wire(asyncio.Protocol):
         await self._writable.wait()
         if self.lost is not None:
             raise TransportError(f"{self.name}: {self.lost}")
+        packed = [hiredis.pack_command(command) for command in commands]
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._calls.append((len(commands), future))
-        packed = [hiredis.pack_command(command) for command in commands]
         self._transport.write(packed[0] if len(packed) == 1 else b"".join(packed))
         try:
             async with asyncio.timeout(seconds):
@@ -160,7 +160,8 @@ async def connect(settings: Settings) -> Wire:
     except ssl.SSLError as error:
         raise ConnectError(f"no TLS with {name}: {error.reason}; without TLS its URL is redis://") from error
     except TimeoutError:
-        raise ConnectError(f"{name} does not answer within {CONNECT:g} s; check host and port") from None
+        hint = ", or it speaks no TLS: without TLS its URL is redis://" if settings.tls else ""
+        raise ConnectError(f"{name} does not answer within {CONNECT:g} s; check host and port{hint}") from None
     except OSError as error:
         raise ConnectError(f"cannot reach {name}: {error}; check that it runs, host and port") from error
     try:

@@ -49,7 +49,7 @@ class SQLiteSource:
         self._path = path
         self._max_payload = max_payload
         self._window = subscription.window
-        self._held = 0
+        self._held: dict[Any, Message[Any]] = {}  # by token
         self._left: list[Message[Any]] = []  # claimed, and not yet returned by a receive
         self._asked: asyncio.Future[None] | None = None  # done when the claim that goes on has been answered
         self._stopped = False
@@ -104,7 +104,7 @@ class SQLiteSource:
     def _received(self, messages: list[Message[Any]] | None, error: BaseException | None) -> None:
         asked, self._asked = self._asked, None
         self._left += messages or ()
-        self._held += len(messages or ())
+        self._held.update({message.token: message for message in messages or ()})
         if asked is not None:
             for_future(asked)(None, error)
 
@@ -140,15 +140,25 @@ class SQLiteSource:
     async def settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
         """End deliveries in one transaction; what others have taken over by now comes back as lost.
 
-        Raises TransportError when the database takes nothing now (a full disk, a lock); nothing is settled then.
+        Raises TransportError when the database takes nothing now (a full disk, a lock); nothing is settled then. What
+        was settled before is lost, also when the message has come again since: token and owner are the same then.
         """
         if not acks and not others:
             return ()
+        held = self._held
+        ended = [*acks, *[other.message for other in others]] if others else acks
+        stale = [message for message in ended if held.get(message.token, message) is not message]
+        if stale:
+            acks = [message for message in acks if message not in stale]
+            others = [other for other in others if other.message not in stale]
         limit = self._max_payload
         full = any(other.outputs or other.outcome in _DURABLE for other in others)
         refused: list[Refused] = await self._run("settle", lambda store: store.settle(acks, others, limit), full=full)
-        self._held = max(0, self._held - len(acks) - len(others) + len(refused))
-        return refused
+        kept = {one.message for one in refused if one.kind == "rejected"} if refused else ()
+        for message in ended:
+            if message not in kept and held.get(message.token) is message:
+                del held[message.token]
+        return refused + [Refused(message, "lost") for message in stale] if stale else refused
 
     async def suspect(self, message: Message[Any]) -> bool:
         """Write down that the message is suspected, on disk when it returns. False: the message is not ours any more.
@@ -175,7 +185,7 @@ class SQLiteSource:
             since=self._since,
             error=self._trouble,
             scopes=frozenset({self._owner}),
-            held_by_broker=self._held,
+            held_by_broker=len(self._held),
         )
 
     def _state(self) -> Literal["running", "paused", "blocked", "stopped"]:
@@ -200,7 +210,7 @@ class SQLiteSource:
         self.stop()
         self.closed = True
         self._left.clear()
-        self._held = 0
+        self._held.clear()
         inlet = self._tap.inlet
         kept = [message.token[0] for message in keep if message.token[1] == inlet.owner]
         self._reception.close_tap(self._tap, keeps=bool(kept))
@@ -218,7 +228,7 @@ class SQLiteSource:
     def _on_lost(self, owner: int) -> None:
         log.warning("another process took over what owner %d of %s held; its settles are void", owner, self._path)
         self._owner = self._tap.inlet.owner
-        self._held = 0
+        self._held.clear()
         self._left.clear()
         self._in_background(self._subscription.on_revoke(frozenset({owner}), None))
 

@@ -1,0 +1,82 @@
+"""RabbitMQ by hand: pika's AsyncioConnection in the loop, one of the two fastest that `bench.clients.rabbitmq` found."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pika
+from pika.adapters.asyncio_connection import AsyncioConnection
+
+from ..payload import Order, decode, encode, handle
+
+PREFETCH = 1_000
+
+
+async def _channel(url: str) -> Any:
+    opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    AsyncioConnection(pika.URLParameters(url), lambda one: one.channel(on_open_callback=opened.set_result))
+    return await opened
+
+
+async def _close(channel: Any) -> None:
+    channel.connection.close()
+    while not channel.connection.is_closed:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+async def consume(url: str, topic: str, group: str, count: int) -> None:
+    """Decode and handle what is pushed; one ack for all that came, each time that half the prefetch has."""
+    channel = await _channel(url)
+    done = 0
+    all_done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def take(channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        nonlocal done
+        handle(decode(body))
+        done += 1
+        if done % (PREFETCH // 2) == 0 or done == count:
+            channel.basic_ack(method.delivery_tag, multiple=True)
+        if done == count:
+            all_done.set_result(None)
+
+    channel.basic_qos(prefetch_count=PREFETCH)
+    channel.basic_consume(f"sluiceway|{group}|{topic}", take)
+    await all_done
+    await _close(channel)  # answered when the acks are
+
+
+async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> None:
+    """`chunk` at a time, confirmed before the next go out; each message with an id and a time, as ours have."""
+    channel = await _channel(url)
+    sent = confirmed = 0
+    all_confirmed = asyncio.Event()
+
+    def take(frame: Any) -> None:
+        nonlocal confirmed
+        assert isinstance(frame.method, pika.spec.Basic.Ack), frame.method
+        tag = frame.method.delivery_tag
+        confirmed = tag if frame.method.multiple else confirmed + 1
+        if confirmed >= sent:
+            all_confirmed.set()
+
+    channel.confirm_delivery(take)
+    for start in range(0, len(orders), chunk):
+        some = orders[start : start + chunk]
+        sent += len(some)
+        all_confirmed.clear()
+        for number, one in enumerate(some, start):
+            headers = {"sluiceway-time": repr(time.time())}
+            properties = pika.BasicProperties(message_id=f"{number:022}", delivery_mode=2, headers=headers)
+            channel.basic_publish("sluiceway", topic, encode(one), properties, mandatory=True)
+        await all_confirmed.wait()
+    await _close(channel)
+
+
+@contextlib.contextmanager
+def held(url: str, topic: str, group: str) -> Iterator[Callable[[], int]]:
+    """Counts nothing: the server tells only its own tools, which take a second each time. The prefetch bounds it."""
+    yield lambda: 0

@@ -1,0 +1,68 @@
+"""Redis by hand: hiredis behind a protocol of asyncio, which is what `bench.clients.redis` found to be the fastest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import hiredis
+import redis
+
+from ..clients.redis import Wire
+from ..payload import Order, decode, encode, handle
+
+COUNT = 1_000  # entries per read
+
+pack = hiredis.pack_command
+
+
+async def _wire(url: str) -> Wire:
+    where = urlsplit(url)
+    _, wire = await asyncio.get_running_loop().create_connection(Wire, where.hostname, where.port)
+    return wire
+
+
+async def consume(url: str, topic: str, group: str, count: int) -> None:
+    """Read, decode, handle; then ack all in one command, together with the next read."""
+    wire = await _wire(url)
+    read = pack(("XREADGROUP", "GROUP", group, "by-hand", "COUNT", COUNT, "BLOCK", 1000, "STREAMS", topic, ">"))
+    done, reading = 0, wire.call(read)
+    while done < count:
+        entries = (await reading)[0][1]
+        for _, fields in entries:
+            handle(decode(fields[1]))
+        done += len(entries)
+        acked = wire.call(pack(("XACK", topic, group, *[one for one, _ in entries])))
+        if done < count:
+            reading = wire.call(read)
+        await acked
+    wire.transport.close()
+
+
+async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> None:
+    """`chunk` at a time, confirmed before the next go out; each entry with an id and a time, as ours have."""
+    wire = await _wire(url)
+    for start in range(0, len(orders), chunk):
+        answers: list[asyncio.Future[Any]] = []
+        commands: list[bytes] = []
+        loop = asyncio.get_running_loop()
+        for number, one in enumerate(orders[start : start + chunk], start):
+            fields = ("body", encode(one), "sluiceway-id", f"{number:022}", "sluiceway-time", repr(time.time()))
+            commands.append(pack(("XADD", topic, "*", *fields)))
+            answers.append(loop.create_future())
+        wire.answers += answers
+        wire.transport.write(b"".join(commands))
+        for answer in answers:
+            await answer
+    wire.transport.close()
+
+
+@contextlib.contextmanager
+def held(url: str, topic: str, group: str) -> Iterator[Callable[[], int]]:
+    """Counts what the group has read and not acked."""
+    with redis.Redis.from_url(url, protocol=2) as client:
+        yield lambda: int(client.xpending(topic, group)["pending"])

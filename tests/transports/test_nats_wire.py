@@ -1,0 +1,157 @@
+"""NATS on the wire: the parser reads what nats-py's does, headers carry anything, filters cover what they should."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from nats.protocol.parser import Parser
+
+from sluiceway._decisions.topics import matches
+from sluiceway.message import Outgoing
+from sluiceway.transports.nats.headers import read_delivery, read_headers, write_headers
+from sluiceway.transports.nats.streams import consumer_name, covers, filters_of
+from sluiceway.transports.nats.wire import Frame, WireParser
+
+
+class Client:
+    """What a parser asks of its client."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        self.seen.append((b"%d" % sid, (subject, reply, headers or b"", data)))
+
+    async def _process_ping(self) -> None:
+        self.seen.append("ping")
+
+    async def _process_pong(self) -> None:
+        self.seen.append("pong")
+
+    async def _process_info(self, info: dict[str, Any]) -> None:
+        self.seen.append(info)
+
+    async def _process_err(self, text: str) -> None:
+        self.seen.append(text)
+
+
+STREAM = (
+    b"PING\r\nMSG a 1 5\r\nhello\r\nMSG a.b 2 $JS.ACK.x 0\r\n\r\nPONG\r\n"
+    b"HMSG a 1 12 17\r\nNATS/1.0\r\n\r\nab\r\nc\r\nHMSG in.1 3 $JS.r 16 16\r\nNATS/1.0 404\r\n\r\n\r\n+OK\r\n"
+    b'INFO {"server_id":"x"}\r\n-ERR \'Permissions Violation\'\r\nMSG last 1 1\r\nz\r\n'
+)
+
+
+def reading(step: int | None) -> list[Any]:
+    """What our parser makes of it, in pieces of so many bytes."""
+    client: Any = Client()
+
+    def take(found: dict[bytes, list[Frame]]) -> None:
+        client.seen += [(sid, frame) for sid, frames in found.items() for frame in frames]
+
+    async def run() -> None:
+        parser = WireParser(client, take)
+        size = step or len(STREAM)
+        for at in range(0, len(STREAM), size):
+            await parser.parse(STREAM[at : at + size])
+
+    asyncio.run(run())
+    return client.seen
+
+
+def key(one: Any) -> str:
+    return repr(one)
+
+
+@pytest.mark.parametrize("step", [None, *range(1, 60)])
+def test_the_parser_reads_what_that_of_the_client_reads_however_it_is_cut(step: int | None) -> None:
+    theirs: Any = Client()
+    asyncio.run(Parser(theirs).parse(STREAM))
+    assert len(theirs.seen) == 10
+    assert sorted(reading(step), key=key) == sorted(theirs.seen, key=key)
+
+
+def test_messages_of_one_subscription_keep_their_order() -> None:
+    bodies = [one[1][3] for one in reading(7) if isinstance(one, tuple) and one[0] == b"1"]
+    assert bodies == [b"hello", b"ab\r\nc", b"z"]
+
+
+def test_a_large_body_in_many_reads_is_not_copied_each_time() -> None:
+    body = b"x" * 8_000_000
+    data = b"MSG a 1 %d\r\n%b\r\n" % (len(body), body)
+    got: list[Frame] = []
+    client: Any = Client()
+    parser = WireParser(client, lambda found: got.extend(found[b"1"]))
+
+    async def run() -> None:
+        for at in range(0, len(data), 32_768):
+            await parser.parse(data[at : at + 32_768])
+            assert len(parser._parts) <= len(data) // 32_768 + 1
+
+    asyncio.run(asyncio.wait_for(run(), 2))
+    assert got == [(b"a", b"", b"", body)]
+
+
+ODD = {"plain": "a b", "ünï": "✓", "line": "a\r\nb", "space": " x ", "": "no name", "colon:": "c", "cut\udcff": "\udc80"}
+
+
+def test_any_header_comes_back_and_none_breaks_the_block() -> None:
+    message = Outgoing("t", b"", "k\r\n", dict(ODD), id="own\nid", timestamp=1.5)
+    block = write_headers(message, due=7.25, dedupe="d")
+    assert block.isascii()
+    assert block.count(b"\r\n\r\n") == 1
+    read = read_headers(block)
+    assert dict(read.envelope.headers) == ODD
+    assert (read.envelope.id, read.envelope.key, read.envelope.timestamp) == ("own\nid", "k\r\n", 1.5)
+    assert (read.due, read.stranger) == (7.25, "d")
+
+
+@pytest.mark.parametrize(
+    "lines", [b"sluiceway-due: nan", b"sluiceway-due: -1", b"sluiceway-odd: {", b"sluiceway-odd: [1]", b"nothing", b": x"]
+)
+def test_headers_that_make_no_sense_are_read_all_the_same(lines: bytes) -> None:
+    read = read_headers(b"NATS/1.0\r\ncolour: \xff\r\n%b\r\n\r\n" % lines)
+    assert read.due == 0.0
+    assert read.envelope.headers["colour"] == "\udcff"
+
+
+def test_the_short_way_reads_what_the_long_way_reads() -> None:
+    plain = write_headers(Outgoing("t", b"", timestamp=1234567890.25, id="abc"))
+    longer = plain[:-2] + b"x: y\r\n\r\n"
+    short, long = read_headers(plain), read_headers(longer)
+    assert (short.envelope.id, short.envelope.timestamp) == (long.envelope.id, long.envelope.timestamp)
+    assert (long.envelope.id, long.envelope.timestamp) == ("abc", 1234567890.25)
+
+
+def test_an_ack_subject_is_read_with_and_without_a_domain() -> None:
+    short = read_delivery(b"$JS.ACK.s.c.2.30.4.5000000000.6")
+    assert (short.stream, short.consumer, short.count, short.seq, short.stored, short.pending) == ("s", "c", 2, 30, 5.0, 6)
+    assert read_delivery(b"$JS.ACK.hub.acc.s.c.2.30.4.5000000000.6.rnd") == short
+
+
+TOPICS = ["a", "b", "a.b", "a.b.c", "z", "a.z", "a.b.z", "a.b.c.z", "x.y.c"]
+
+
+@pytest.mark.parametrize("pattern", ["a", "a.*", "*", "#", "a.#", "#.z", "a.#.z", "*.*.c", "*.#", "a.*.#"])
+def test_the_filters_of_a_pattern_leave_out_no_message_of_it(pattern: str) -> None:
+    for topic in TOPICS:
+        if matches(pattern, topic):
+            assert any(covers(one, topic) for one in filters_of(pattern)), (pattern, topic)
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "is_so"),
+    [("a.>", "a.b", True), ("a.>", "a", False), ("a.*", "a.>", False), ("a.>", "a.>", True), ("a.>", "a.*.c", True),
+     ("*", "a", True), ("a", "*", False), (">", "a.>", True), ("*.b", "a.*", False)],
+)  # fmt: skip
+def test_a_filter_covers_another(wide: str, narrow: str, is_so: bool) -> None:
+    assert covers(wide, narrow) is is_so
+
+
+def test_consumers_of_groups_and_topics_that_look_alike_have_names_of_their_own() -> None:
+    pairs = [("a", "b.c"), ("a", "b_c"), ("a-b", "c"), ("a", "b-c"), ("a/b", "c"), ("a" * 300, "b")]
+    names = {consumer_name(group, topic, topic) for group, topic in pairs}
+    assert len(names) == len(pairs)
+    assert all(len(name) < 200 and not set(name) & set(">*. /\\\t\r\n") for name in names)
