@@ -19,7 +19,7 @@ PROGRAMS = {"redis": "redis-server", "nats": "nats-server", "rabbitmq": "rabbitm
 def server(name: str, folder: Path) -> Iterator[str]:
     """The URL of a server of that name; it ends with the block. Raises MeasureFailed where it cannot be started.
 
-    Redis writes its file at once and syncs it each second, as it does unless told otherwise; the others are as they come.
+    Redis syncs its append-only file each second, as it does unless told otherwise; the others are as they come.
     """
     program = PROGRAMS[name]
     if shutil.which(program) is None:

@@ -63,6 +63,9 @@ class Broker:
         if self.server is not None and self.server.process is None:
             self.server.start()
 
+    def mend(self) -> None:
+        """After a SIGKILL and a start: do what its operator must, where it does not come back by itself."""
+
     # -- its harms; those that it has not are never asked for
 
     def freeze(self, pid: int) -> None:

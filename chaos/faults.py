@@ -63,6 +63,7 @@ def kill(site: Site) -> Damage:
     _server(site).kill()
     site.wait(1.0)
     _server(site).start()
+    site.broker.mend()
     return _over(2)
 
 

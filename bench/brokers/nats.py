@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Any
 
 import nats
@@ -16,8 +17,8 @@ PULL = 500  # messages per request
 STREAM = "sluiceway"
 
 
-async def consume(url: str, topic: str, group: str, count: int) -> None:
-    """One subscription, two pulls outstanding; decode, handle and ack as they come, which beats `fetch` twice over."""
+async def consume(url: str, topic: str, group: str, count: int) -> float:
+    """One subscription, two pulls outstanding; decode, handle and ack as they come. Returns seconds."""
     client = await nats.connect(url)
     name = await _consumer(client, topic)
     inbox = client.new_inbox()
@@ -38,11 +39,14 @@ async def consume(url: str, topic: str, group: str, count: int) -> None:
             await pull()
 
     await client.subscribe(inbox, cb=take, pending_msgs_limit=-1, pending_bytes_limit=-1)
+    began = perf_counter()
     await pull()
     await pull()
     await all_done.wait()
     await client.flush()
+    elapsed = perf_counter() - began
     await client.close()
+    return elapsed
 
 
 async def _consumer(client: Any, topic: str) -> str:
@@ -50,8 +54,9 @@ async def _consumer(client: Any, topic: str) -> str:
     return next(str(one.name) for one in infos if one.config.filter_subject == topic)
 
 
-async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> None:
-    """`chunk` at a time, confirmed before the next go out; each message with an id and a time, as ours have."""
+async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> float:
+    """`chunk` at a time, confirmed before the next go out; each message with an id and a time, as ours have. Returns
+    seconds."""
     client = await nats.connect(url)
     confirmed = asyncio.Semaphore(0)
     inbox = client.new_inbox()
@@ -61,6 +66,7 @@ async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> 
         confirmed.release()
 
     await client.subscribe(inbox, cb=take, pending_msgs_limit=-1, pending_bytes_limit=-1)
+    began = perf_counter()
     for start in range(0, len(orders), chunk):
         some = orders[start : start + chunk]
         for number, one in enumerate(some, start):
@@ -68,7 +74,9 @@ async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> 
             await client.publish(topic, encode(one), reply=inbox, headers=headers)
         for _ in some:
             await confirmed.acquire()
+    elapsed = perf_counter() - began
     await client.close()
+    return elapsed
 
 
 @contextlib.contextmanager

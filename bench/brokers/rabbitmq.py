@@ -1,4 +1,4 @@
-"""RabbitMQ by hand: pika's AsyncioConnection in the loop, one of the two fastest that `bench.clients.rabbitmq` found."""
+"""RabbitMQ by hand: pika's AsyncioConnection in the loop, among the fastest by `bench.clients.rabbitmq`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Any
 
 import pika
@@ -28,8 +29,8 @@ async def _close(channel: Any) -> None:
         await asyncio.sleep(0.001)
 
 
-async def consume(url: str, topic: str, group: str, count: int) -> None:
-    """Decode and handle what is pushed; one ack for all that came, each time that half the prefetch has."""
+async def consume(url: str, topic: str, group: str, count: int) -> float:
+    """Decode and handle what is pushed; one ack for all that came, each time that half the prefetch has. Returns seconds."""
     channel = await _channel(url)
     done = 0
     all_done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -43,14 +44,17 @@ async def consume(url: str, topic: str, group: str, count: int) -> None:
         if done == count:
             all_done.set_result(None)
 
+    began = perf_counter()
     channel.basic_qos(prefetch_count=PREFETCH)
     channel.basic_consume(f"sluiceway|{group}|{topic}", take)
     await all_done
     await _close(channel)  # answered when the acks are
+    return perf_counter() - began
 
 
-async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> None:
-    """`chunk` at a time, confirmed before the next go out; each message with an id and a time, as ours have."""
+async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> float:
+    """`chunk` at a time, confirmed before the next go out; each message with an id and a time, as ours have. Returns
+    seconds."""
     channel = await _channel(url)
     sent = confirmed = 0
     all_confirmed = asyncio.Event()
@@ -64,6 +68,7 @@ async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> 
             all_confirmed.set()
 
     channel.confirm_delivery(take)
+    began = perf_counter()
     for start in range(0, len(orders), chunk):
         some = orders[start : start + chunk]
         sent += len(some)
@@ -73,7 +78,9 @@ async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> 
             properties = pika.BasicProperties(message_id=f"{number:022}", delivery_mode=2, headers=headers)
             channel.basic_publish("sluiceway", topic, encode(one), properties, mandatory=True)
         await all_confirmed.wait()
+    elapsed = perf_counter() - began
     await _close(channel)
+    return elapsed
 
 
 @contextlib.contextmanager

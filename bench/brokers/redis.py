@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,10 +27,11 @@ async def _wire(url: str) -> Wire:
     return wire
 
 
-async def consume(url: str, topic: str, group: str, count: int) -> None:
-    """Read, decode, handle; then ack all in one command, together with the next read."""
+async def consume(url: str, topic: str, group: str, count: int) -> float:
+    """Read, decode, handle; then ack all in one command, together with the next read. Returns seconds."""
     wire = await _wire(url)
     read = pack(("XREADGROUP", "GROUP", group, "by-hand", "COUNT", COUNT, "BLOCK", 1000, "STREAMS", topic, ">"))
+    began = perf_counter()
     done, reading = 0, wire.call(read)
     while done < count:
         entries = (await reading)[0][1]
@@ -40,12 +42,16 @@ async def consume(url: str, topic: str, group: str, count: int) -> None:
         if done < count:
             reading = wire.call(read)
         await acked
+    elapsed = perf_counter() - began
     wire.transport.close()
+    return elapsed
 
 
-async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> None:
-    """`chunk` at a time, confirmed before the next go out; each entry with an id and a time, as ours have."""
+async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> float:
+    """`chunk` at a time, confirmed before the next go out; each entry with an id and a time, as ours have. Returns
+    seconds."""
     wire = await _wire(url)
+    began = perf_counter()
     for start in range(0, len(orders), chunk):
         answers: list[asyncio.Future[Any]] = []
         commands: list[bytes] = []
@@ -58,7 +64,9 @@ async def publish(url: str, topic: str, orders: Sequence[Order], chunk: int) -> 
         wire.transport.write(b"".join(commands))
         for answer in answers:
             await answer
+    elapsed = perf_counter() - began
     wire.transport.close()
+    return elapsed
 
 
 @contextlib.contextmanager

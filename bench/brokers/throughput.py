@@ -25,7 +25,7 @@ WORK = 0.0001  # seconds of CPU that the busy handler takes
 
 
 def by_hand(broker: str) -> Any:
-    """What is written by hand for a broker: `consume`, `publish`, and `held`."""
+    """What is written by hand for a broker: `consume` and `publish`, which return seconds, and `held`."""
     return importlib.import_module(f"{__package__}.{broker}")
 
 
@@ -85,16 +85,14 @@ async def limit(url: str, scale: float, broker: str, count: int) -> dict[str, fl
     count, topic = int(count * scale), new_topic()
     async with filled(url, topic, count):
         pass
-    began = perf_counter()
-    await asyncio.wait_for(by_hand(broker).consume(url, topic, GROUP, count), 60)
-    return {"rate": count / (perf_counter() - began)}
+    return {"rate": count / await asyncio.wait_for(by_hand(broker).consume(url, topic, GROUP, count), 60)}
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
 def workers(url: str, scale: float, processes: int, count: int) -> dict[str, float]:
-    """Some processes take everything that waits; the handler computes. The first has a core, the second the server's."""
+    """Some processes take everything that waits; the handler computes. The second shares the server's core."""
     unpin()
     count, topic = int(count * scale), new_topic()
 
@@ -131,9 +129,7 @@ async def publish_by_hand(url: str, scale: float, broker: str, count: int) -> di
     topic, orders = new_topic(), _orders(count, scale)
     async with filled(url, topic, 0):
         pass
-    began = perf_counter()
-    await asyncio.wait_for(by_hand(broker).publish(url, topic, orders, CHUNK), 60)
-    return {"rate": len(orders) / (perf_counter() - began)}
+    return {"rate": len(orders) / await asyncio.wait_for(by_hand(broker).publish(url, topic, orders, CHUNK), 60)}
 
 
 def _orders(count: int, scale: float) -> Sequence[Order]:

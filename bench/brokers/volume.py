@@ -35,7 +35,7 @@ async def passed(url: str, scale: float, count: int) -> dict[str, float]:
             def settled(_: int) -> None:
                 nonlocal given
                 assert feeder.stdin is not None
-                due = watch.settled // CHUNK - given
+                due = min(watch.settled, count - AHEAD * CHUNK) // CHUNK - given  # the last ones need no leave
                 if due > 0:
                     feeder.stdin.write("more\n" * due)
                     feeder.stdin.flush()

@@ -70,7 +70,7 @@ def loaded(url: str, scale: float, count: int) -> dict[str, float]:
 
 
 async def _publish(url: str, topic: str, rate: float, seconds: float) -> int:
-    """Evenly, `rate` messages/s for so many seconds; `cents` is when each went out. What is late goes out with the next."""
+    """Evenly, `rate` messages/s for so many seconds; what is late goes out with the next. `cents`: when each went out."""
     sent = 0
     made = order(0)
     async with App(url, group=GROUP) as app:
@@ -137,7 +137,7 @@ def cases(broker: str, name: str, *, count: int, p50: float) -> list[Case]:
         Case(
             (
                 Figure(f"{name}, {CONSUMERS} consumers in one app, start", "s", "start", "bound", 2.0, 1.0),
-                Figure(f"{name}, {CONSUMERS} consumers in one app, first start, which makes their groups", "s", "new", "bound"),
+                Figure(f"{name}, {CONSUMERS} consumers in one app, first start: makes groups", "s", "new", "bound"),
                 Figure(f"{name}, {CONSUMERS} idle consumers in one app, CPU", "% of a core", "cpu", "bound", 3.0, 1.0),
             ),
             Job(f"{__name__}:many"), server=broker, most=3,

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
+ACCEPTANCE = TESTS.parent / "src" / "sluiceway" / "testing"
 PAGE = TESTS.parent / "docs" / "explanation" / "broadway.md"
 
 
@@ -15,11 +16,13 @@ def test_every_test_that_the_page_names_is_there() -> None:
     missing = [
         f"{file}::{name}"
         for file, name in named
-        if not re.search(
-            rf"^(?:(?:async )?def {name}\(|{name} = )", (TESTS / file).read_text(encoding="utf-8"), re.MULTILINE
-        )
+        if not re.search(rf"^(?:(?:async )?def {name}\(|{name} = )", text_of(file), re.MULTILINE)
     ]
     assert missing == []
+
+
+def text_of(file: str) -> str:
+    return ((ACCEPTANCE if file.startswith("acceptance/") else TESTS) / file).read_text(encoding="utf-8")
 
 
 def test_every_row_names_a_test_but_those_of_the_words() -> None:

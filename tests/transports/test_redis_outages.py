@@ -210,3 +210,53 @@ async def test_a_publish_waits_for_as_many_replicas_as_the_option_says(
             others = [Settlement(one, "retry", delay=60) for one in await get(source, 2)]
             assert not await source.settle([], others)
             assert replica.ask("ZCARD", "sluiceway:due:{t}:g") == 2
+
+
+async def test_a_server_that_was_away_for_longer_than_a_lease_takes_nothing_from_those_that_live(
+    tmp_path: Path,
+) -> None:
+    server = RedisServer(tmp_path)
+    with server:
+        async with connected(server, lease=3.0) as transport:
+            source, other = await subscribe(transport, "t"), await subscribe(transport, "t")
+            await publish(transport, "t", *numbered(3))
+            messages = await get(source, 3)
+            await asyncio.to_thread(server.kill)
+            await asyncio.sleep(3.2)
+            await asyncio.to_thread(server.start)
+            call = asyncio.create_task(other.receive(10))
+            assert source.renewer is not None
+            renewer = await asyncio.to_thread(source.renewer)
+            deadline = time.monotonic() + 6
+            while time.monotonic() < deadline:
+                await asyncio.sleep(0.5)
+                assert not call.done()
+                assert not await asyncio.to_thread(renewer.renew, [message.token for message in messages])
+            await asyncio.to_thread(renewer.close)
+            assert not await source.settle(messages, [])
+            other.stop()
+            assert list(await call) == []
+
+
+async def test_the_bells_of_one_topic_end_no_retries_of_another(redis_server: RedisServer) -> None:
+    """Entries of two streams may have the same id."""
+    redis_server.ask("FLUSHALL")
+    async with connected(redis_server) as transport:
+        source = await subscribe(transport, "a", "b")
+        call = asyncio.create_task(source.receive(100))
+        await asyncio.sleep(0.2)
+        with redis_server.client() as client:
+            pipe = client.pipeline(transaction=True)
+            pipe.xadd("sluiceway:retry:{a}:g", {"bell": "1"}, id="9999999999999-1")
+            pipe.xadd("sluiceway:retry:{b}:g", {"body": "kept"}, id="9999999999999-1")
+            pipe.execute()
+        messages = list(await asyncio.wait_for(call, 10))
+        assert bodies(messages) == [b"kept"]
+        await asyncio.sleep(0.2)
+        call = asyncio.create_task(source.receive(100))
+        await asyncio.sleep(0.3)
+        assert redis_server.ask("XLEN", "sluiceway:retry:{b}:g") == 1
+        assert redis_server.ask("XLEN", "sluiceway:retry:{a}:g") == 0
+        source.stop()
+        assert not await call
+        assert not await source.settle([], [Settlement(messages[0], "release")])

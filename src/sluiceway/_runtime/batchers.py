@@ -104,7 +104,8 @@ class Batchers:
     @property
     def emitted(self) -> int:
         """How many messages wait in batches for a batch processor."""
-        return sum(len(messages) for batcher in self.by_name.values() for messages, _ in batcher.queue)
+        # A copy, made in one step: a thread that scrapes metrics may ask while the loop changes the queue.
+        return sum(len(messages) for batcher in self.by_name.values() for messages, _ in batcher.queue.copy())
 
     def emit_all(self, trigger: Trigger) -> None:
         for batcher in self.by_name.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
@@ -73,7 +74,8 @@ class Intake:
         self.draining = asyncio.Event()  # and has released what had not started
         self._prepare_for_draining = getattr(source, "prepare_for_draining", None)
         self._may_have_failed = spec.prepare is not None or getattr(source, "returns_failed", False)
-        self._apart = False  # the last receive had suspects
+        self._suspected = False  # the last receive had suspects
+        self._apart = False  # and they run apart
         self._ran_dry = True  # the processors had nothing more to do when the last receive returned
         self._told_full = False  # that the window is full, since the last receive
         self._paused = False
@@ -81,6 +83,7 @@ class Intake:
         self._room: asyncio.Future[None] | None = None
         self._at_gates = False  # there would be room, but gates are closed
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self.gates = Gates(spec.gates, self.poke, self._take_back)
         for gate in spec.gates:
             gate.on_change(self._gate_changed)
@@ -99,7 +102,7 @@ class Intake:
                 self._answered(0, demand)
                 if not self.stopping:
                     await asyncio.sleep(EMPTY)
-            elif len(messages) == demand or self._in_order or any(map(_suspect, messages)):
+            elif len(messages) == demand or self._in_order or self._suspected:
                 self._answered(len(messages), demand)
                 await self._admit(messages)
                 if len(messages) < demand or self.gates.contended:
@@ -125,8 +128,14 @@ class Intake:
             self.telemetry.emit(Demanded(consumer=self.spec.name, demand=demand))
         try:
             messages = await self.source.receive(demand)
+            if messages and not isinstance(messages[0], Message):
+                raise TypeError(
+                    f"{self.spec.name}: a source's receive returns Messages, got {type(messages[0]).__name__}; "
+                    "Pipeline(transform=...) makes Messages of anything else"
+                )
             self.received += len(messages)
             self.settler.held.update(messages)
+            self._suspected = any(map(_suspect, messages))
         except BaseException:
             self._answered(0, demand)
             raise
@@ -292,7 +301,13 @@ class Intake:
 
     @property
     def closed_by(self) -> str:
-        """Which gates are closed, as text; "" when none is."""
+        """Which gates are closed, as text; "" when none is.
+
+        A gate may forget something when it is asked, so it is asked in the loop alone. To another thread, such as one
+        that scrapes metrics, this says whether the intake waits at gates.
+        """
+        if threading.get_ident() != self._thread:
+            return "a gate" if self._at_gates and self._room is not None else ""
         return self.gates.shut_by(self._loop.time())
 
     def _gate_changed(self) -> None:

@@ -15,9 +15,9 @@ A test module of a transport imports the tests, and gives them its broker:
 
 Needs pytest, and no async plugin. Tests of the two contracts: `receiving`, `settling`, `deaths` (leases and killed
 processes), `groups`, `topics`, `ordering`, `publishing`, `at_rest`. Tests of whole pipelines over the transport:
-`pipelines`, `processes` (that are killed), `outages`, `bad_input`, `dead_letters` (`sluiceway dlq`). Beside them
-`brokers` (what is to be written), `kit` (the hands of a test), `guarantees` (what each test shows) and `report` (the
-table of guarantees and transports).
+`pipelines`, `draining`, `processes` (that are killed), `outages`, `bad_input`, `dead_letters` (`sluiceway dlq`). Beside
+them `brokers` (what is to be written), `kit` (the hands of a test), `guarantees` (what each test shows) and `report`
+(the table of guarantees and transports).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from . import (
     bad_input,
     dead_letters,
     deaths,
+    draining,
     groups,
     ordering,
     outages,
@@ -36,14 +37,14 @@ from . import (
     receiving,
     settling,
     topics,
-)  # fmt: skip
+)
 from .brokers import Broker
 from .guarantees import guarantee
 from .kit import Kit
 
 _MODULES = (
     receiving, settling, deaths, groups, topics, ordering, publishing, at_rest,
-    pipelines, processes, outages, bad_input, dead_letters,
+    pipelines, draining, processes, outages, bad_input, dead_letters,
 )  # fmt: skip
 TESTS = {name: test for module in _MODULES for name, test in vars(module).items() if name.startswith("test_")}
 globals().update(TESTS)

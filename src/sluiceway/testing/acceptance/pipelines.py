@@ -1,4 +1,4 @@
-"""Whole pipelines over the transport: demand, settling, isolation, drain, retries and order."""
+"""Whole pipelines over the transport: demand, settling, isolation, retries and order."""
 
 from __future__ import annotations
 
@@ -195,60 +195,6 @@ async def test_a_failing_message_costs_its_neighbours_nothing(kit: Kit, caplog: 
     told = [record for record in caplog.records if "seven" in (record.exc_text or record.getMessage())]
     assert len(told) == 1, "one failure is told of once"
     assert await kit.left("t") == []
-
-
-@guarantee("G5")
-async def test_a_drain_loses_nothing_and_repeats_nothing_that_finished(kit: Kit) -> None:
-    app, done = kit.app(), list[bytes]()
-
-    @app.consumer("t", concurrency=4, max_demand=30)
-    async def handle(message: Message[bytes]) -> None:
-        await asyncio.sleep(0.01)
-        done.append(message.body)
-
-    async with app.running():
-        await kit.publish("t", *numbered(120))
-        await kit.until(lambda: len(done) >= 20, "some are handled")
-    assert len(done) < 120, "the drain came too late to show anything"
-    rest = await kit.get(await kit.open("t"), 120 - len(done))
-    assert sorted([*done, *bodies(rest)]) == sorted(numbered(120))
-    assert all(message.attempt == 1 and not message.suspect for message in rest)
-
-
-@guarantee("G5")
-async def test_a_drain_emits_the_forming_batch(kit: Kit) -> None:
-    app, done = kit.app(), list[bytes]()
-
-    @app.consumer("t", batch_size=100, batch_timeout=3600)
-    async def handle(message: Message[bytes]) -> bytes:
-        return message.body
-
-    @handle.batch()
-    async def commit(batch: Batch[bytes]) -> None:
-        done.extend(message.body for message in batch)
-
-    async with app.running() as manager:
-        await kit.publish("t", *numbered(5))
-        await kit.until(lambda: manager.stats()[0].forming == 5, "a batch forms")
-    assert sorted(done) == numbered(5)
-    assert await kit.left("t") == []
-
-
-@guarantee("G5")
-async def test_a_drain_that_takes_too_long_is_cut_off_and_what_ran_comes_again(kit: Kit) -> None:
-    app, running = kit.app(shutdown_timeout=kit.step), list[bytes]()
-
-    @app.consumer("t")
-    async def stuck(message: Message[bytes]) -> None:
-        running.append(message.body)
-        await asyncio.sleep(3600)
-
-    async with app.running():
-        await kit.publish("t", *numbered(3))
-        await kit.until(lambda: len(running) == 3, "all run")
-    again = await kit.get(await kit.open("t"), 3)
-    assert kit.ordered(again) == numbered(3)
-    assert all(message.attempt == 1 and not message.suspect for message in again)
 
 
 @guarantee("G8", needs="delay")

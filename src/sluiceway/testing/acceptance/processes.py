@@ -46,14 +46,26 @@ class Workers:
     def handled(self) -> set[bytes]:
         return {body for what, _, body in self.events() if what == "end"}
 
+    @property
+    def last(self) -> subprocess.Popen[bytes]:
+        return self._processes[-1]
+
     async def until(self, wanted: set[bytes], *, respawn: bool = False) -> None:
-        """Return when all that is wanted is handled; with `respawn` a process that dies is replaced."""
+        """Return when all that is wanted is handled. With `respawn` a process that was killed is replaced."""
         deadline = self._kit.now() + PATIENCE
         while not wanted <= self.handled():
             assert self._kit.now() < deadline, f"not handled: {sorted(wanted - self.handled())[:10]}"
-            if respawn and self._processes[-1].poll() is not None:
-                self.start()
+            self.look_after(respawn=respawn)
             await asyncio.sleep(0.02)
+
+    def look_after(self, *, respawn: bool) -> None:
+        """Fail when the last process has ended, unless it was killed and may be: then start another one."""
+        code = self.last.poll()
+        assert code is None or (respawn and code == -signal.SIGKILL), (
+            f"the process ended with {code}; it says why above"
+        )
+        if code is not None:
+            self.start()
 
     def __enter__(self) -> Self:
         return self
@@ -118,11 +130,10 @@ async def test_a_message_that_kills_its_processes_is_the_only_dead_letter(kit: K
         deadline = kit.now() + PATIENCE
         while not (letters := [one async for one in kit.transport.browse("t.g.dead")]):
             assert kit.now() < deadline, "the message that kills is not dead-lettered"
-            if workers._processes[-1].poll() is not None:
-                workers.start()
+            workers.look_after(respawn=True)
             await asyncio.sleep(0.05)
         deaths = sum(what == "start" and body == b"poison" for what, _, body in workers.events())
-        assert await ended(workers._processes[-1]) == 0
+        assert await ended(workers.last) == 0
     assert [letter.body for letter in letters] == [b"poison"]
     assert letters[0].headers["sluiceway-dead-type"].endswith("KilledItsProcess")
     assert 1 <= deaths <= 5

@@ -44,7 +44,7 @@ async def test_ensure_makes_a_group_that_gets_what_is_published_before_it_subscr
 async def test_ensure_without_create_makes_nothing(kit: Kit) -> None:
     subscription = Subscription(topics=("t",), group="g", window=10)
     await kit.transport.ensure([subscription], create=False)
-    await kit.publish("t", b"a")
+    await kit.offer("t", b"a")
     await kit.nothing(await kit.open("t", start="latest"))
 
 

@@ -84,7 +84,9 @@ class Connection:
             try:
                 await asyncio.wait_for(self.up.wait(), seconds)
             except TimeoutError:
-                raise TransportError(f"there is no connection to NATS at {self.settings.where()}: {self.error}") from None
+                raise TransportError(
+                    f"there is no connection to NATS at {self.settings.where()}: {self.error}"
+                ) from None
 
     def write(self, data: bytes) -> None:
         """Send, if the connection is up."""
@@ -164,7 +166,7 @@ class Connection:
         try:
             await client.connect(**options, error_cb=on_error, closed_cb=on_closed, name="sluiceway")
         except Exception as error:
-            await client.close()
+            await _abandon(client)
             raise self._explained(errors[-1] if errors else error) from error
         self.inbox = client.new_inbox()
         self._client = client
@@ -176,7 +178,7 @@ class Connection:
             await self._check(client)
         except BaseException:
             self.up.clear()
-            await client.close()
+            await _abandon(client)
             raise
         self.error = None
 
@@ -200,7 +202,9 @@ class Connection:
         if isinstance(error, ssl.SSLError):
             return ConnectError(f"TLS with NATS at {where} failed: {text}; check ca, certificate and server_name")
         if "offers no TLS" in text:
-            return ConnectError(f"NATS at {where} offers no TLS; use nats:// without ca and certificate, or turn TLS on")
+            return ConnectError(
+                f"NATS at {where} offers no TLS; use nats:// without ca and certificate, or turn TLS on"
+            )
         return ConnectError(f"cannot reach NATS at {where}: {text}; is the server running there?")
 
     def _lost(self, why: str) -> None:
@@ -241,8 +245,8 @@ class Connection:
         self.listeners.clear()
         if self._client is not None:
             await self.settled()
-            await self._client.close()
-        self.up.clear()
+            self.up.clear()
+            await _abandon(self._client)
 
     # -- what arrives
 
@@ -261,6 +265,14 @@ class Connection:
                 call.missing -= 1
                 if not call.missing and not call.done.done():
                     call.done.set_result(None)
+
+
+async def _abandon(client: WireClient) -> None:
+    """Close it. After a TLS handshake that failed, asyncio never says that the connection is closed."""
+    try:
+        await asyncio.wait_for(client.close(), 2)
+    except TimeoutError:
+        log.debug("nats: the connection did not say that it is closed")
 
 
 def status(frame: Frame) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from typing import NamedTuple
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import Struct
 
 from ...envelope import Envelope, seal, unseal
 from ...message import NO_HEADERS, Outgoing
@@ -29,7 +30,7 @@ class Delivery(NamedTuple):
 
     stream: str
     consumer: str
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own `count` is not missed
     seq: int
     stored: float
     pending: int
@@ -92,6 +93,11 @@ def read_headers(block: bytes) -> Read:
 _NOTHING = Envelope(None, None, None, headers=NO_HEADERS)
 
 
+def stored_at(text: str) -> float:
+    """The server's time of a message, such as 2026-01-01T00:00:00.123456789Z, in seconds since 1970."""
+    return datetime.fromisoformat(f"{text.rstrip('Z')[:26]}+00:00").timestamp()
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -101,10 +107,10 @@ def _seconds(text: str) -> float:
 
 
 class Note(Struct, omit_defaults=True):
-    """What is written down of a message that came back. `released`: hand-overs that count nothing. `due`: not before."""
+    """What is written down of a message that went back. `released`: hand-overs that count nothing; `due`: when it may
+    be handled."""
 
     failures: int = 0
     suspicions: int = 0
     released: int = 0
     due: float = 0.0
-    made: str | UnsetType = UNSET

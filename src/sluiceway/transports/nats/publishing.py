@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 
 from ..._decisions.topics import check_topic
-from ...errors import PayloadTooLarge, PublishError
+from ...errors import PayloadTooLarge, PublishError, TransportError
 from ...message import Outgoing
-from .connection import ApiError, Connection, Frame, Request, Unanswered, read_answer, status
+from .connection import ApiError, Connection, Request, Unanswered, read_answer, status
 from .headers import write_headers
 from .streams import Streams, subject_of
+from .wire import Frame
 
 RESERVE = 16 * 1024  # bytes of the server's limit that are kept for headers
 
@@ -47,10 +48,15 @@ class Publisher:
         requests = self.requests(messages)
         try:
             refused = await self.send(requests)
-        except Unanswered as error:
-            answered = [frame is not None and _refusal(frame) is None for frame in error.answers]
-            failed = [one for one, good in zip(messages, answered, strict=True) if not good]
-            raise PublishError(f"{len(failed)} of {len(messages)} messages are perhaps not published: {error}", failed) from error
+        except TransportError as error:
+            answers = error.answers if isinstance(error, Unanswered) else [None] * len(messages)
+            failed = [
+                one
+                for one, frame in zip(messages, answers, strict=True)
+                if frame is None or _refusal(frame) is not None
+            ]
+            text = f"{len(failed)} of {len(messages)} messages are perhaps not published: {error}"
+            raise PublishError(text, failed) from error
         failed = [one for one, why in zip(messages, refused, strict=True) if why is not None]
         if failed:
             why = next(filter(None, refused))

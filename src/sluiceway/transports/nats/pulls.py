@@ -1,9 +1,9 @@
 """Pulling: asks the server for as many messages as there is demand, and knows when no more are on their way.
 
-First all that waits, up to the demand; where nothing does, a pull of one that waits for it. With one consumer nothing is
-on its way when `pull` returns; with several, those that brought nothing keep their pull of one. Pulls are taken back by
-ending their subscription. Servers up to 2.9 notice that too late (they then redeliver out of turn), so a pull that
-expires at once follows, which makes them look.
+First all that waits, up to the demand; where nothing does, a pull of one that waits for it. With one consumer nothing
+is on its way when `pull` returns; with several, those that brought nothing keep their pull of one. Pulls are taken back
+by ending their subscription. The server (2.9) notices that too late when a nak comes next: it hands another message out
+a second time. So a pull that expires at once follows, which makes it look.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from .connection import Connection, status
+from .consumers import Consumer
 from .headers import read_delivery
-from .streams import Consumer
 from .wire import Frame
 
 BEAT = 5.0  # seconds between the server's heartbeats while a pull waits
@@ -30,6 +30,7 @@ class Pulls:
     def __init__(self, connection: Connection, number: int) -> None:
         self.arrived: list[tuple[float, list[Frame]]] = []
         self.trouble: dict[int, str] = {}  # consumers that are not there any more, by index
+        self.silent = False  # pulls were not answered: a consumer may be gone, or its leader
         self.stopped: Callable[[], bool] = lambda: False
         self._connection = connection
         self._number = number
@@ -54,6 +55,10 @@ class Pulls:
             self._dry.clear()
         self._wake.set()
 
+    async def rest(self, seconds: float) -> None:
+        """Return after so many seconds, or when `stopped` comes true."""
+        await self._until(self.stopped, seconds)
+
     async def changed(self) -> None:
         """Return when something changes."""
         self._wake.clear()
@@ -72,6 +77,7 @@ class Pulls:
         if full and free > 0:
             asked = self._send_all(full, free, {"no_wait": True, "max_bytes": max_bytes})
             if not await self._until(lambda: asked.isdisjoint(self._open), PATIENCE):
+                self.silent = True
                 await self.cancel()
         if not (self.arrived or self.stopped() or self.trouble):
             free = demand - sum(self._open.values())
@@ -88,9 +94,10 @@ class Pulls:
     async def _linger(self) -> None:
         while self._open and not (self.arrived or self.stopped() or self.trouble):
             heard = self._heard
-            if not await self._until(lambda: bool(self.arrived or self.stopped() or not self._open), 2 * BEAT + 1):
-                if self._heard == heard:
-                    await self.cancel()  # two heartbeats missed: ask anew
+            done = await self._until(lambda: bool(self.arrived or self.stopped() or not self._open), 2 * BEAT + 1)
+            if not done and self._heard == heard:  # two heartbeats missed
+                self.silent = True
+                await self.cancel()
 
     async def _until(self, done: Callable[[], bool], seconds: float) -> bool:
         """Whether `done` came true in time."""

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-import nats
+from nats.aio.client import Client
 
 from ...errors import TransportError
 from .settings import Settings
@@ -51,7 +51,7 @@ class NATSRenewer:
         self._leases = _shared.get(leases_id) or Leases(lease)
         self._timeout = max(0.5, lease / 3)
         self._runner = asyncio.Runner()
-        self._client = nats.NATS()
+        self._client = Client()
         try:
             options: Any = {**settings.connect_options(), "error_cb": _quiet, "name": "sluiceway leases"}
             self._runner.run(self._client.connect(**options))

@@ -85,7 +85,9 @@ class Settings(Struct, frozen=True, kw_only=True):
                     options["tls"].load_cert_chain(self.certificate, self.key)
             except (OSError, ssl.SSLError) as error:
                 names = [name for name in (self.ca, self.certificate, self.key) if name]
-                raise ConnectError(f"cannot read the TLS files {', '.join(names) or 'of the system'}: {error}") from error
+                raise ConnectError(
+                    f"cannot read the TLS files {', '.join(names) or 'of the system'}: {error}"
+                ) from error
         return options
 
 

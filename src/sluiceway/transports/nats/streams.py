@@ -9,18 +9,11 @@ of it. Two streams are ours, one per account: `sluiceway-dead` has the dead lett
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from hashlib import blake2b
 from typing import Any
 
-from msgspec import Struct
-
-from ..._decisions.topics import best_match, is_dead_letter_topic, is_pattern, matches
+from ..._decisions.topics import is_dead_letter_topic, is_pattern
 from ...errors import TransportError
-from ...source import Start
 from ...transport import Finding
 from .connection import ApiError, Connection
 
@@ -29,7 +22,7 @@ _DEAD = "_sluiceway.dead."
 NOTE = "_sluiceway.note."
 _ANY = "_sluiceway.any"  # a stream must have a subject
 _OURS = {DEAD: f"{_DEAD}>", NOTES: f"{NOTE}>"}
-_NO_CONSUMER, _NO_STREAM, _OVERLAP = 10014, 10059, 10065
+NO_STREAM, _OVERLAP = 10059, 10065
 
 
 def subject_of(topic: str) -> str:
@@ -64,36 +57,6 @@ def _covers(word: str, other: str) -> bool:
     return word == other or (word == "*" and other != ">")
 
 
-class Consumer(Struct, eq=False):
-    """A durable consumer of a group. `start` is the first message of the stream that it gets, `since` a time before
-    which it wants none; a message that a better matching consumer of the group gets is not for it."""
-
-    stream: str
-    name: str
-    group: str
-    topic: str
-    start: int = 0
-    since: float = 0.0
-    lease: float = 0.0
-    created: str = ""
-    floor: int = 0
-    last: int = 0
-    pending: int = 0
-    held: int = 0
-    noted: int = 0
-    filter: str = ""
-
-    @property
-    def path(self) -> str:
-        return f"{self.stream}.{self.name}"
-
-
-def consumer_name(group: str, topic: str, subject: str) -> str:
-    """One name for one group, topic and filter, readable as far as NATS allows."""
-    tail = blake2b(json.dumps([group, topic, subject]).encode(), digest_size=6).hexdigest()
-    return f"{re.sub('[^0-9A-Za-z_-]+', '_', f'{group}-{topic}')[:80]}-{tail}"
-
-
 class Streams:
     """What this transport knows of the server's streams."""
 
@@ -107,7 +70,7 @@ class Streams:
         try:
             return await self._connection.api(f"STREAM.INFO.{stream}")
         except ApiError as error:
-            if error.number == _NO_STREAM:
+            if error.number == NO_STREAM:
                 return None
             raise
 
@@ -211,90 +174,6 @@ class Streams:
             found += [(stream, subject) for stream in streams]
         return found
 
-    async def siblings(self, stream: str, group: str) -> dict[str, Consumer]:
-        """The consumers of a group on a stream, by topic or pattern."""
-        found: dict[str, Consumer] = {}
-        seen = 0
-        while True:
-            page = await self._connection.api(f"CONSUMER.LIST.{stream}", {"offset": seen})
-            infos = page.get("consumers") or []
-            seen += len(infos)
-            for consumer in map(read_consumer, infos):
-                if consumer is not None and consumer.group == group:
-                    found[consumer.topic] = consumer
-            if not infos or seen >= page.get("total", 0):
-                return found
-
-    def subjects(self, consumer: Consumer) -> list[str]:
-        return [consumer.filter or ">"]
-
-    async def missing(self, stream: str, subject: str, group: str, topic: str) -> bool:
-        return await self.find(stream, consumer_name(group, topic, subject)) is None
-
-    async def find(self, stream: str, name: str) -> dict[str, Any] | None:
-        try:
-            return await self._connection.api(f"CONSUMER.INFO.{stream}.{name}")
-        except ApiError as error:
-            if error.number in (_NO_CONSUMER, _NO_STREAM):
-                return None
-            raise
-
-    async def consume(
-        self, stream: str, subject: str, group: str, topic: str, start: Start | int
-    ) -> tuple[Consumer, list[Finding]]:
-        """The consumer of a group for a topic or pattern on a stream; made when it is not there. `start`: a number is
-        the message of the stream from which to go on."""
-        name = consumer_name(group, topic, subject)
-        stream_info = await self._connection.api(f"STREAM.INFO.{stream}")
-        info = await self.find(stream, name)
-        findings = []
-        subjects = stream_info["config"].get("subjects") or []
-        wanted: dict[str, Any] = {
-            "durable_name": name,
-            "ack_policy": "explicit",
-            "ack_wait": int(self._settings.lease * 1e9),
-            "max_deliver": -1,
-            "max_ack_pending": -1,
-            "max_waiting": 512,
-            "replay_policy": "instant",
-            "deliver_policy": "all",
-        }
-        if any(covers(one, subject) for one in subjects):  # else the server refuses the filter, and we filter
-            wanted["filter_subject"] = subject
-        if info is None:
-            said: dict[str, Any] = {"sluiceway": 1, "group": group, "topic": topic, "start": 1}
-            if start == "latest":
-                start = stream_info["state"]["last_seq"] + 1
-            elif start == "earliest":
-                others = (await self.siblings(stream, group)).values()
-                floors = [one.floor for one in others if one.topic != topic and matches(one.topic, topic)]
-                start = 1 + min(floors, default=0)
-            if isinstance(start, datetime):
-                wanted["deliver_policy"] = "by_start_time"
-                wanted["opt_start_time"] = start.astimezone(UTC).isoformat()
-                said["since"] = start.timestamp()
-            elif isinstance(start, int) and start > 1:
-                said["start"] = start
-                wanted["deliver_policy"] = "by_start_sequence"
-                wanted["opt_start_seq"] = start
-            wanted["description"] = json.dumps(said)
-            info = await self._save(stream, wanted)
-            findings.append(Finding("info", f"made consumer {name!r} of stream {stream!r} for group {group!r}"))
-        elif drift := _drift(info["config"], wanted):
-            findings.append(Finding("warning", f"put consumer {name!r} of stream {stream!r} right: {drift}"))
-            changed = {key: wanted[key] for key in _WATCHED if key in wanted}
-            kept = {key: value for key, value in info["config"].items() if key != "filter_subject" or key in wanted}
-            info = await self._save(stream, {**kept, **changed})
-        consumer = read_consumer(info)
-        assert consumer is not None, info
-        if findings and isinstance(start, int):
-            consumer.noted = stream_info["state"]["last_seq"]  # its notes may be older than itself
-        return consumer, findings
-
-    async def _save(self, stream: str, config: dict[str, Any]) -> dict[str, Any]:
-        body = {"stream_name": stream, "config": config}
-        return await self._connection.api(f"CONSUMER.DURABLE.CREATE.{stream}.{config['durable_name']}", body)
-
     async def check(self, streams: Sequence[str]) -> list[Finding]:
         """What in the configuration of streams endangers messages."""
         found: list[Finding] = []
@@ -315,44 +194,3 @@ class Streams:
                 if bad:
                     found.append(Finding(level, f"stream {stream!r} {text}"))  # type: ignore[arg-type]
         return found
-
-
-_WATCHED = ("ack_policy", "max_deliver", "max_ack_pending", "ack_wait", "filter_subject")
-
-
-def _drift(config: dict[str, Any], wanted: dict[str, Any]) -> str:
-    differ = [key for key in _WATCHED if config.get(key) != wanted.get(key)]
-    return ", ".join(f"{key} was {config.get(key)} and is {wanted.get(key)}" for key in differ)
-
-
-def read_consumer(info: dict[str, Any]) -> Consumer | None:
-    """Read a consumer's info; None when it is not ours."""
-    config = info["config"]
-    try:
-        said = json.loads(config.get("description") or "")
-        group, topic = str(said["group"]), str(said["topic"])
-    except (ValueError, KeyError, TypeError):
-        return None
-    return Consumer(
-        stream=info["stream_name"],
-        name=info["name"],
-        group=group,
-        topic=topic,
-        start=said.get("start", 1),
-        since=said.get("since", 0.0),
-        lease=config["ack_wait"] / 1e9,
-        created=info["created"],
-        floor=info["ack_floor"]["stream_seq"],
-        last=info["delivered"]["stream_seq"],
-        pending=info.get("num_pending", 0),
-        held=info.get("num_ack_pending", 0),
-        filter=config.get("filter_subject", ""),
-    )
-
-
-def belongs(consumer: Consumer, siblings: dict[str, Consumer], topic: str, seq: int, stored: float) -> bool:
-    """Whether a message is this consumer's: no better matching one of its group gets it."""
-    if not matches(consumer.topic, topic):
-        return False
-    others = [one.topic for one in siblings.values() if seq >= one.start and stored >= one.since]
-    return best_match([*others, consumer.topic], topic) == consumer.topic

@@ -9,15 +9,16 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
 
 from ..._decisions.topics import check_topic, is_pattern
-from ...errors import OptionError, TransportError
+from ...errors import OptionError, PublishError, TransportError
 from ...message import Outgoing, Stored
 from ...source import Subscription
 from ...transport import Features, Finding
 from .connection import ApiError, Connection
-from .headers import read_headers
+from .consumers import Consumers
+from .headers import read_headers, stored_at
 from .publishing import RESERVE, Publisher
 from .settings import Settings, from_url
-from .source import NATSSource, _stored_at
+from .source import NATSSource
 from .streams import NOTE, Streams, subject_of
 
 ALL_NOTES = f"{NOTE}>"
@@ -27,8 +28,8 @@ class NATSTransport:
     """NATS JetStream, 2.9 or newer.
 
     - `servers`: one `host:port` or several.
-    - `tls`: refuse servers without TLS. `ca`, `certificate` and `key` are PEM files, and mean the same; `server_name` is
-      the name that the server's certificate must have.
+    - `tls`: refuse servers without TLS. `ca`, `certificate` and `key` are PEM files, and mean the same; `server_name`
+      is the name that the server's certificate must have.
     - `user` and `password`, or `token`, or `credentials` (a .creds file), or `nkey` (a file with a seed).
     - `stream`: gets the topics that no stream has; made when it is not there, with `replicas` and `max_age` (seconds
       that it keeps messages, handled or not; 0: for ever).
@@ -64,13 +65,16 @@ class NATSTransport:
                 await connection.open()
                 self._connection = connection
                 self._streams = Streams(connection)
+                self._consumers = Consumers(connection)
                 self._publisher = Publisher(connection, self._streams)
                 self.features = _features(connection.max_payload)
 
     @property
     def _open(self) -> Connection:
         if self._connection is None:
-            raise TransportError(f"the NATS transport of {self._settings.where()} is not connected; await connect() first")
+            raise TransportError(
+                f"the NATS transport of {self._settings.where()} is not connected; await connect() first"
+            )
         return self._connection
 
     async def ensure(self, subscriptions: Sequence[Subscription], *, create: bool) -> Sequence[Finding]:
@@ -90,9 +94,9 @@ class NATSTransport:
                     findings.append(Finding("error", f"no stream has {topic!r}; start once with create to make it"))
                 for stream, subject in places:
                     if create:
-                        _, found = await self._streams.consume(stream, subject, group, topic, subscription.start)
+                        _, found = await self._consumers.consume(stream, subject, group, topic, subscription.start)
                         findings += found
-                    elif await self._streams.missing(stream, subject, group, topic):
+                    elif await self._consumers.missing(stream, subject, group, topic):
                         text = f"group {group!r} has no consumer for {topic!r} on stream {stream!r}"
                         findings.append(Finding("error", f"{text}; start once with create to make it"))
         findings += await self._streams.check(used)
@@ -102,8 +106,12 @@ class NATSTransport:
     async def publish(self, messages: Sequence[Outgoing]) -> None:
         """Publish in order; stored by their streams when it returns. Raises PublishError with those that perhaps are
         not, PayloadTooLarge before anything is sent, and OptionError for a topic that cannot be."""
-        await self._open.ready(5)
+        connection = self._open
         if messages:
+            try:
+                await connection.ready(5)
+            except TransportError as error:
+                raise PublishError(f"none of {len(messages)} messages was published: {error}", messages) from error
             await self._publisher.publish(messages)
 
     async def subscribe(self, subscription: Subscription) -> NATSSource:
@@ -185,7 +193,7 @@ def _stored(topic: str, stream: str, found: dict[str, Any]) -> Stored:
         envelope.id or stranger or f"{stream}-{found['seq']}",
         envelope.key,
         envelope.headers,
-        _stored_at(found["time"]) if envelope.timestamp is None else envelope.timestamp,
+        stored_at(found["time"]) if envelope.timestamp is None else envelope.timestamp,
     )
 
 

@@ -1,8 +1,9 @@
-"""All that is private of nats-py: its parser, replaced by a quicker one, its write buffer, filled in one go, and TLS.
+"""All that is private of nats-py: its parser, replaced by a quicker one, its write buffer, and what it says first.
 
-nats-py tries two regular expressions per message, moves the rest of its buffer each time, awaits four coroutines, parses
-all headers and puts the message in a queue that a task empties. This parser hands over all messages of one read in one
-call, headers unparsed. What is no message (INFO, PING, -ERR, …) is still nats-py's. docs/reference/clients.md has figures.
+nats-py tries two regular expressions per message, moves the rest of its buffer each time, awaits four coroutines,
+parses all headers and puts the message in a queue that a task empties. This parser hands over all messages of one read
+in one call, headers unparsed. What is no message (INFO, PING, -ERR, …) is still nats-py's. The figures are in
+docs/reference/clients.md.
 """
 
 from __future__ import annotations

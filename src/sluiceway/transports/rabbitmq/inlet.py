@@ -92,18 +92,19 @@ class Inlet:
                 return
             self._tell(self._listener.lost, self._epoch, reason)
             tries = 0
-            while self._channel is None and not self._closing:
+            while not self._closing:
                 delay = reconnect_delay(tries, random.random())
                 log.warning("receiving from %s was interrupted: %s; again in %.2f s", self.queues[0], reason, delay)
                 await asyncio.sleep(delay)
                 tries += 1
                 try:
                     await self._reopen()
-                except (TransportError, AMQPError) as error:
-                    reason = str(error)
+                except Exception as error:
+                    reason = str(error) or repr(error)
                     self._tell(self._listener.lost, self._epoch, reason)
                 else:
                     log.info("receiving from %s again", self.queues[0])
+                    break
 
     def _arrived(self, epoch: int, deliveries: list[Delivery]) -> None:
         self._newest = deliveries[-1][0]

@@ -103,8 +103,8 @@ class Outlet:
                 await asyncio.sleep(delay)
                 try:
                     await self._reopen()
-                except ConnectError as error:
-                    self.trouble = reason = str(error)
+                except Exception as error:
+                    self.trouble = reason = str(error) or repr(error)
                     tries += 1
                 else:
                     log.info("publishing to RabbitMQ again")

@@ -8,20 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..._decisions.suspicion import suspicions_now
 from ..._decisions.topics import is_pattern
 from ...errors import TransportError
 from ...message import Message, Outgoing, Refused, Settlement
 from ...source import Backlog, Renewer, SourceStatus, Subscription
+from .hub import Hub
 from .letters import ALONE, BASE, DUE, TOPIC, Letter, open_letter, pack
 from .tags import Tags
-from .topology import Names
 from .wire import Delivery
-
-if TYPE_CHECKING:
-    from .transport import RabbitMQTransport
 
 log = logging.getLogger("sluiceway")
 
@@ -41,17 +38,16 @@ class RabbitMQSource:
     settles_at_once = True  # acks only: they are handed to the I/O thread, and the broker answers none
     returns_failed = True
 
-    def __init__(self, transport: RabbitMQTransport, subscription: Subscription, names: Names) -> None:
+    def __init__(self, hub: Hub, subscription: Subscription) -> None:
         self.lease: float | None = None
         self.renewer: Callable[[], Renewer] | None = None
         self.closed = False
         self.kept = False  # closed, and its connection is open, for what still runs on threads
-        self._transport = transport
+        self._hub = hub
         self._subscription = subscription
         self._group = subscription.group
         self._window = subscription.window
-        self._names = names
-        self._queues = {topic: names.queue(self._group, topic) for topic in subscription.topics}
+        self._queues = {topic: hub.names.queue(self._group, topic) for topic in subscription.topics}
         self._overlaps = any(map(is_pattern, subscription.topics))
         self._own: str | None = next(iter(self._queues.values())) if len(self._queues) == 1 else None
         self.loop = asyncio.get_running_loop()
@@ -76,11 +72,11 @@ class RabbitMQSource:
         self._since = time.time()
         self._newest = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._inlet = transport.inlet(subscription, list(self._queues.values()), self)
+        self._inlet = hub.inlet(subscription, list(self._queues.values()), self)
 
     async def open(self) -> None:
         """Make the group's queues and connect. Raises TransportError."""
-        await self._transport.io.run(self._inlet.open())
+        await self._hub.io.run(self._inlet.open())
 
     # -- what the I/O thread says
 
@@ -146,11 +142,11 @@ class RabbitMQSource:
             return 0
         lost = self._lost.pop(str(delivery[3].message_id), 0)
         once = (delivery[3].headers or {}).get("x-delivery-count") == 1
-        return lost or int(once and self._transport.was_taken_back(self._queue_of(delivery)))
+        return lost or int(once and self._hub.was_taken_back(self._queue_of(delivery)))
 
     def _is_another_queues(self, delivery: Delivery, message: Message[Any]) -> bool:
         """Whether a better pattern of this group, that we know of, has the message too."""
-        return self._transport.best_queue(self._group, message.topic) not in (None, self._queue_of(delivery))
+        return self._hub.best_queue(self._group, message.topic) not in (None, self._queue_of(delivery))
 
     def _queue_of(self, delivery: Delivery) -> str:
         return self._inlet.queues[int(delivery[5].partition(b".")[0])]
@@ -214,14 +210,14 @@ class RabbitMQSource:
             self._credit += more
             self._consumers += 1
             self._quiet.clear()
-            self._transport.io.call(self._inlet.consume, self._epoch, more)
+            self._hub.io.call(self._inlet.consume, self._epoch, more)
 
     def _withdraw(self) -> None:
         """Let the broker push nothing more."""
         if self._credit and self._epoch:
-            self._transport.takes_back(self._inlet.queues, self._credit)
+            self._hub.takes_back(self._inlet.queues, self._credit)
             self._credit = self._consumers = 0
-            self._transport.io.call(self._inlet.cancel, self._epoch)
+            self._hub.io.call(self._inlet.cancel, self._epoch)
 
     def resize(self, window: int) -> None:
         """Change the window. 0 pauses: a waiting `receive` returns nothing, and what has arrived for it goes back."""
@@ -294,7 +290,7 @@ class RabbitMQSource:
     def _acknowledge(self, tags: Sequence[int]) -> None:
         settled = self._tags.settle(tags)
         if settled:
-            self._transport.io.call(self._inlet.ack, self._epoch, settled)
+            self._hub.io.call(self._inlet.ack, self._epoch, settled)
         held = self._held
         for tag in tags:
             held.pop(tag, None)
@@ -322,7 +318,7 @@ class RabbitMQSource:
             else:
                 letters += [letter for _, letter in made]
                 places += [(index, number) for number, _ in made]
-        failed = await self._transport.send(letters) if letters else {}
+        failed = await self._hub.send(letters) if letters else {}
         again: str | None = None
         for at, (index, number) in enumerate(places):
             if at not in failed:
@@ -345,7 +341,7 @@ class RabbitMQSource:
         """What must be confirmed before a delivery is acknowledged: its outputs, and its copy where it goes back."""
         message, outcome = settlement.message, settlement.outcome
         if outcome in ("ack", "dead_letter"):
-            return [partial(self._transport.letter, outgoing) for outgoing in settlement.outputs]
+            return [partial(self._hub.letter, outgoing) for outgoing in settlement.outputs]
         if outcome == "retry":  # its handler ended, so whatever died with it before, it was not this message's doing
             failures = message.failures + settlement.counted
             return [partial(self._copy, message, failures, 0, delay=settlement.delay)]
@@ -371,8 +367,8 @@ class RabbitMQSource:
         outgoing = Outgoing(
             message.topic, message.body, message.key, message.headers, message.id, message.timestamp, delay
         )
-        queue = self._own or self._transport.best_queue(self._group, message.topic) or self._queues[message.topic]
-        return await self._transport.to_queue(
+        queue = self._own or self._hub.best_queue(self._group, message.topic) or self._queues[message.topic]
+        return await self._hub.to_queue(
             queue, message.body, pack(outgoing, more, failures=failures, suspicions=suspicions), delay
         )
 
@@ -389,7 +385,7 @@ class RabbitMQSource:
             now = suspicions_now(message.deliveries, message.failures, message.suspicions)
             copy = await self._copy(message, message.failures, message.suspicions, message.deliveries - 1, now)
             epoch = self._epoch
-            failed = await self._transport.send([copy])
+            failed = await self._hub.send([copy])
             if failed:
                 raise TransportError(f"the suspicion of message {message.id} is not written: {failed[0].text}")
             if self._epoch != epoch:
@@ -424,14 +420,14 @@ class RabbitMQSource:
 
     async def flush(self) -> None:
         """Return when the broker has all acks."""
-        await self._transport.io.run(self._inlet.flush())
+        await self._hub.io.run(self._inlet.flush())
 
     # -- looking
 
     def status(self) -> SourceStatus:
         """How the source is. `held_by_broker`: returned by `receive` and not settled."""
         scopes = frozenset({self._epoch}) if self._epoch else frozenset()
-        blocked = self._transport.blocked
+        blocked = self._hub.blocked
         state: Literal["connecting", "running", "paused", "blocked", "stopped"] = (
             "running" if self._window else "paused"
         )
@@ -460,7 +456,7 @@ class RabbitMQSource:
         `seconds` is the age of the newest message that was received: the oldest that waits is no older, where messages
         come in the order of their publishing. 0 before any was received.
         """
-        count = await self._transport.io.run(self._inlet.waiting()) + len(self._buffer)
+        count = await self._hub.io.run(self._inlet.waiting()) + len(self._buffer)
         return Backlog(count, max(0.0, time.time() - self._newest) if count and self._newest else 0.0)
 
     async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:
@@ -472,7 +468,7 @@ class RabbitMQSource:
         self.closed = True
         kept = {message.token for message in keep if message.scope == self._epoch}
         try:
-            async with asyncio.timeout(self._transport.timeout):
+            async with asyncio.timeout(self._hub.timeout):
                 await self._quiet.wait()
                 if self._tasks:
                     await asyncio.wait(self._tasks)
@@ -487,10 +483,16 @@ class RabbitMQSource:
             task.cancel()
         self.kept = bool(kept)
         if not kept:
-            await self._transport.io.run(self._inlet.close())
+            await self._hub.io.run(self._inlet.close())
 
-    def _in_background(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _in_background(self, work: Awaitable[Any]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except Exception:
+                log.exception("the source of %s goes on after", self._inlet)
+
+        task = asyncio.ensure_future(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

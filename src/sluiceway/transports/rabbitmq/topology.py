@@ -63,8 +63,11 @@ class Names:
         """Where messages of `topic` wait for `group`. All groups share the queue of a dead-letter topic."""
         return f"{self.exchange}|{topic}" if is_dead_letter_topic(topic) else f"{self.exchange}|{group}|{topic}"
 
-    def dead(self, topic: str) -> Declared:
-        return _queue(self.queue("", topic), {"x-queue-type": "quorum", "x-delivery-limit": _NEVER})
+    def dead(self, topic: str) -> list[Declared]:
+        """The queue of a dead-letter topic."""
+        queue = self.queue("", topic)
+        bind = Declared("queue_bind", queue, {"exchange": self.due, "routing_key": queue})
+        return [_queue(queue, {"x-queue-type": "quorum", "x-delivery-limit": _NEVER}), bind]
 
     def base(self) -> list[Declared]:
         """What there is before any group."""
@@ -84,7 +87,7 @@ class Names:
     def of_topic(self, group: str, topic: str) -> list[Declared]:
         """The queue of a topic or pattern; bound to its group first, so that nothing reaches the group and no queue."""
         if is_dead_letter_topic(topic):
-            return [self.dead(topic)]
+            return self.dead(topic)
         queue = self.queue(group, topic)
         arguments: dict[str, Any] = {"x-queue-type": self.queue_type}
         if self.queue_type == "quorum":
@@ -137,9 +140,9 @@ async def declare(connection: Connection, wanted: Iterable[Declared], *, passive
     problems: list[str] = []
     channel: Channel | None = None
     for one in wanted:
-        if channel is None:
-            channel = await connection.channel_of_its_own()
         try:
+            if channel is None:
+                channel = await connection.channel_of_its_own()
             await one.make(channel, passive=passive)
         except ChannelClosedByBroker as error:
             channel = None

@@ -168,11 +168,10 @@ def explain(error: BaseException) -> str:
     inner: Any = error
     while isinstance(inner, BaseException):  # how far pika came, around why it came no further
         error = inner
-        inner = (
-            inner.exceptions[-1]
-            if isinstance(inner, AMQPConnectionWorkflowFailed)
-            else getattr(inner, "exception", None)
-        )
+        if isinstance(inner, AMQPConnectionWorkflowFailed):
+            inner = inner.exceptions[-1]
+        else:
+            inner = getattr(inner, "exception", None) or next(iter(inner.args), None)
     name = type(error).__name__
     text = getattr(error, "reply_text", "") or str(error) or name
     if name in ("ProbableAuthenticationError", "AuthenticationError") or "ACCESS_REFUSED" in text:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from datetime import datetime
 from typing import Any
 
@@ -68,6 +70,13 @@ async def info(wire: Wire) -> dict[str, str]:
         return {}
     lines = (line.partition(":") for line in answer.decode(errors="replace").splitlines())
     return {name: value for name, _, value in lines}
+
+
+async def uptime(wire: Wire) -> float:
+    """Seconds that the server has run; infinite where the user may not ask."""
+    (answer,) = await wire.call(("INFO", "server"))
+    found = re.search(rb"uptime_in_seconds:(\d+)", answer) if isinstance(answer, bytes) else None
+    return float(found[1]) if found else math.inf
 
 
 def check_server(wire: Wire, found: dict[str, str]) -> None:

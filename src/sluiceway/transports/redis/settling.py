@@ -51,7 +51,11 @@ class Settling:
         """All that is no plain ack, fenced by owner. When it raises, the same call again goes on where it was: what
         the server has carried out is not carried out again."""
         sent = self._sent
-        if sent is None or len(sent[0]) != len(others) or any(a is not b for a, b in zip(sent[0], others, strict=True)):
+        if (
+            sent is None
+            or len(sent[0]) != len(others)
+            or any(a.message is not b.message for a, b in zip(sent[0], others, strict=True))
+        ):
             sent = (list(others), self._chunks(others))
         self._sent = sent
         refused: list[Refused] = []

@@ -20,7 +20,7 @@ from ...errors import TransportError
 from ...message import Message, Refused, Settlement, new_id
 from ...source import Backlog, Renewer, SourceStatus, Subscription
 from .entries import message_of, messages_of, stored_of
-from .groups import make_group
+from .groups import make_group, uptime
 from .keys import Keys, ms
 from .renewer import RedisRenewer, renewed
 from .scripts import BACKLOG, LEAVE, SUSPECT, TEND, TRIM
@@ -77,13 +77,13 @@ class RedisSource:
         self._window = subscription.window
         self._held: set[Any] = set()  # tokens
         self._left: list[Message[Any]] = []  # received, and not yet returned
-        self._bells: list[bytes] = []  # heard, and not yet looked after
+        self._bells: dict[str, list[bytes]] = {}  # by retry stream: heard, and not yet looked after
         self._serial = 0
         self._bytes_each = subscription.max_bytes / 10  # what a message of the last read came to on the wire
         self._busy = False  # the last read brought all it was to
         self._blocked: Wire | None = None  # the connection on which a read waits
         self._reading = asyncio.Lock()
-        self._tend_at = self._tend_busy_at = self._trim_at = self._recover_at = 0.0
+        self._tend_at = self._tend_busy_at = self._trim_at = self._recover_at = self._reap_at = 0.0
         self._known_wire: Wire | None = None
         self._stopped = False
         self._error: str | None = None
@@ -161,9 +161,13 @@ class RedisSource:
         if wire is None:
             return []
         now = time.monotonic()
-        if wire is not self._known_wire or now >= self._recover_at:
+        if wire is not self._known_wire:
+            # Where the server was away for longer than a lease, all leases have ended, and nobody is dead for it.
+            self._reap_at = now + max(0.0, self._lease - await uptime(wire))
+            self._known_wire, self._recover_at = wire, 0.0
+        if now >= self._recover_at:
             await self._recover(wire)
-            self._known_wire, self._recover_at = wire, now + self._lease / 3
+            self._recover_at = now + self._lease / 3
         if now >= self._tend_at or (self._busy and now >= self._tend_busy_at):
             found = await self._tend(wire, want, now)
             if found or not self._may_hold():
@@ -227,8 +231,10 @@ class RedisSource:
             at, which = self._settling.places[stream]
             self._busy = self._busy or len(entries) >= count
             if which == 2:
-                self._bells += [one for one, fields in entries if fields[0] == b"bell"]
-                entries = [entry for entry in entries if entry[1][0] != b"bell"]
+                bells = [one for one, fields in entries if fields[0] == b"bell"]
+                if bells:
+                    self._bells.setdefault(stream, []).extend(bells)
+                    entries = [entry for entry in entries if entry[1][0] != b"bell"]
             messages, others = messages_of(entries, self._topics[at], stream, self._consumer, self._group)
             found += messages
             if others:
@@ -248,10 +254,16 @@ class RedisSource:
         """Renew the lease, find the dead, move what is due, and take what was handed back and what came for a retry."""
         found: list[Message[Any]] = []
         next_at = now + self._lease / 3
-        bells, self._bells = self._bells, []
+        if now >= self._trim_at:
+            self._trim_at = now + _TRIM
+            for of in self._of:
+                await wire.run(TRIM, of, self._group, self._retention)
+        bells, self._bells = self._bells, {}
+        reap = int(now >= self._reap_at)
         for at, of in enumerate(self._of):
             room = min(want - len(found), self._fitting())
-            answer = await wire.run(TEND, of, self._group, self._consumer, ms(self._lease), room, 1, 0, *bells)
+            heard = bells.get(of[1], ())
+            answer = await wire.run(TEND, of, self._group, self._consumer, ms(self._lease), room, reap, 0, *heard)
             if not answer[0]:
                 await self._lost(wire, "the lease was lost")
                 return []
@@ -268,10 +280,6 @@ class RedisSource:
         renewed[self._consumer] = now
         self._held.update([message.token for message in found])
         self._tend_at, self._tend_busy_at = next_at, now + _BUSY
-        if now >= self._trim_at:
-            self._trim_at = now + _TRIM
-            for of in self._of:
-                await wire.run(TRIM, of, self._group, self._retention)
         return found
 
     async def _recover(self, wire: Wire) -> None:
@@ -303,6 +311,7 @@ class RedisSource:
                 return
             except TransportError as worse:
                 error = worse
+        self._recover_at = 0.0
         delay = reconnect_delay(self._tries, random.random())
         self._tries += 1
         if self._error is None:
@@ -360,41 +369,36 @@ class RedisSource:
     async def settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
         """End deliveries: acks in one round trip, everything else in steps that are whole or not at all. What others
         have taken over by now comes back as lost. Raises TransportError when the server cannot take it now."""
-        refused: list[Refused] = []
         consumer = self._consumer
         wire = await self._line.wire()  # before the lease is looked at: this may take a while
         fenced = time.monotonic() - renewed.get(consumer, 0.0) > self._lease * 2 / 3
-        plain = [one for one in acks if one.scope == consumer and not (fenced or one.suspicions)]
+        held = self._held
+        plain = [] if fenced else [one.token for one in acks if not one.suspicions and one.token in held]
         if plain:
-            await self._settling.ack(wire, [one.token for one in plain])
-        rest: list[Settlement] = []
-        if len(plain) != len(acks):
-            known = {id(one) for one in plain}
-            rest = [Settlement(one, "ack") for one in acks if id(one) not in known]
-        if rest or others:
-            refused = await self._settle(consumer, rest, others)
-        if refused:
-            kept = {id(one.message) for one in refused if one.kind == "rejected"}
-            plain = [one for one in plain if id(one) not in kept]
-            self._held.difference_update([one.message.token for one in (*rest, *others) if id(one.message) not in kept])
-        else:
-            self._held.difference_update([one.message.token for one in (*rest, *others)])
-        self._held.difference_update([one.token for one in plain])
+            await self._settling.ack(wire, plain)
+        refused: list[Refused] = []
+        if len(plain) != len(acks) or others:
+            known = set(plain)
+            rest = [Settlement(one, "ack") for one in acks if one.token not in known]
+            refused = await self._settle(self._acking, rest) + await self._settle(self._settling, others)
+            kept = {one.message.token for one in refused if one.kind == "rejected"}
+            held.difference_update({one.message.token for one in (*rest, *others)} - kept)
+        held.difference_update(plain)
         return refused
 
-    async def _settle(self, consumer: str, acks: list[Settlement], others: Sequence[Settlement]) -> list[Refused]:
+    async def _settle(self, settling: Settling, some: Sequence[Settlement]) -> list[Refused]:
+        """What is no plain ack. What we do not hold any more, or never did under this name, is lost."""
         refused: list[Refused] = []
-        for settling, some in ((self._acking, acks), (self._settling, others)):
-            ours: list[Settlement] = []
-            for one in some:
-                if one.message.token[2] != consumer:
-                    refused.append(Refused(one.message, "lost"))
-                elif why := settling.why_not(one):
-                    refused.append(Refused(one.message, "rejected", why))
-                else:
-                    ours.append(one)
-            refused += await settling.settle(self._line.wire, consumer, ours)
-        if any(one.outcome in ("release", "retry", "park") and not one.delay for one in others):
+        ours: list[Settlement] = []
+        for one in some:
+            if one.message.token not in self._held:
+                refused.append(Refused(one.message, "lost"))
+            elif why := settling.why_not(one):
+                refused.append(Refused(one.message, "rejected", why))
+            else:
+                ours.append(one)
+        refused += await settling.settle(self._line.wire, self._consumer, ours)
+        if any(one.outcome in ("release", "retry", "park") and not one.delay for one in ours):
             self._tend_at = 0.0
         return refused
 
@@ -403,12 +407,12 @@ class RedisSource:
 
         Raises TransportError when the server cannot take it now; it is not known then whether it was written.
         """
-        stream, one, consumer, *_ = message.token
+        stream, one, *_ = message.token
         at, which = self._settling.places[stream]
         suspicions = suspicions_now(message.deliveries, message.failures, message.suspicions)
         wire = await self._line.wire()
-        if consumer != self._consumer or not await wire.run(
-            SUSPECT, self._of[at], self._group, consumer, which, one, suspicions
+        if message.token not in self._held or not await wire.run(
+            SUSPECT, self._of[at], self._group, self._consumer, which, one, suspicions
         ):
             return False
         message.suspicions, message.suspect = suspicions, False

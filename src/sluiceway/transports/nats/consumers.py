@@ -1,0 +1,184 @@
+"""Groups at the server: a durable consumer per topic or pattern, on each stream that may have messages of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any
+
+from msgspec import Struct
+
+from ..._decisions.topics import best_match, matches
+from ...source import Start
+from ...transport import Finding
+from .connection import ApiError, Connection
+from .streams import NO_STREAM, covers
+
+_NO_CONSUMER = 10014
+
+
+class Consumer(Struct, eq=False):
+    """A durable consumer of a group. `start` is the first message of the stream that it gets, `since` a time before
+    which it wants none; a message that a better matching consumer of the group gets is not for it."""
+
+    stream: str
+    name: str
+    group: str
+    topic: str
+    start: int = 0
+    since: float = 0.0
+    lease: float = 0.0
+    created: str = ""
+    floor: int = 0
+    last: int = 0
+    pending: int = 0
+    held: int = 0
+    noted: int = 0
+    filter: str = ""
+    born: str = ""  # when its stream was made
+
+    @property
+    def path(self) -> str:
+        return f"{self.stream}.{self.name}"
+
+
+def consumer_name(group: str, topic: str, subject: str) -> str:
+    """One name for one group, topic and filter, readable as far as NATS allows."""
+    tail = blake2b(json.dumps([group, topic, subject]).encode(), digest_size=6).hexdigest()
+    return f"{re.sub('[^0-9A-Za-z_-]+', '_', f'{group}-{topic}')[:80]}-{tail}"
+
+
+class Consumers:
+    """Finds and makes them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._settings = connection.settings
+
+    async def siblings(self, stream: str, group: str) -> dict[str, Consumer]:
+        """The consumers of a group on a stream, by topic or pattern."""
+        found: dict[str, Consumer] = {}
+        seen = 0
+        while True:
+            page = await self._connection.api(f"CONSUMER.LIST.{stream}", {"offset": seen})
+            infos = page.get("consumers") or []
+            seen += len(infos)
+            for consumer in map(read_consumer, infos):
+                if consumer is not None and consumer.group == group:
+                    found[consumer.topic] = consumer
+            if not infos or seen >= page.get("total", 0):
+                return found
+
+    async def missing(self, stream: str, subject: str, group: str, topic: str) -> bool:
+        return await self.find(stream, consumer_name(group, topic, subject)) is None
+
+    async def find(self, stream: str, name: str) -> dict[str, Any] | None:
+        try:
+            return await self._connection.api(f"CONSUMER.INFO.{stream}.{name}")
+        except ApiError as error:
+            if error.number in (_NO_CONSUMER, NO_STREAM):
+                return None
+            raise
+
+    async def consume(
+        self, stream: str, subject: str, group: str, topic: str, start: Start, before: Consumer | None = None
+    ) -> tuple[Consumer, list[Finding]]:
+        """The consumer of a group for a topic or pattern on a stream; made when it is not there. One that was deleted
+        goes on behind the message up to which `before` had settled all, if the stream is the same."""
+        name = consumer_name(group, topic, subject)
+        stream_info = await self._connection.api(f"STREAM.INFO.{stream}")
+        info = await self.find(stream, name)
+        findings = []
+        subjects = stream_info["config"].get("subjects") or []
+        wanted: dict[str, Any] = {
+            "durable_name": name,
+            "ack_policy": "explicit",
+            "ack_wait": int(self._settings.lease * 1e9),
+            "max_deliver": -1,
+            "max_ack_pending": -1,
+            "max_waiting": 512,
+            "replay_policy": "instant",
+            "deliver_policy": "all",
+        }
+        if any(covers(one, subject) for one in subjects):  # else the server refuses the filter, and we filter
+            wanted["filter_subject"] = subject
+        if info is None:
+            said: dict[str, Any] = {"sluiceway": 1, "group": group, "topic": topic, "start": 1}
+            first = 1
+            if before is not None:
+                first = before.floor + 1 if before.born == stream_info["created"] else 1
+            elif start == "latest":
+                first = stream_info["state"]["last_seq"] + 1
+            elif start == "earliest":
+                others = (await self.siblings(stream, group)).values()
+                floors = [one.floor for one in others if one.topic != topic and matches(one.topic, topic)]
+                first = 1 + min(floors, default=0)
+            if isinstance(start, datetime) and before is None:
+                wanted["deliver_policy"] = "by_start_time"
+                wanted["opt_start_time"] = start.astimezone(UTC).isoformat()
+                said["since"] = start.timestamp()
+            elif first > 1:
+                said["start"] = first
+                wanted["deliver_policy"] = "by_start_sequence"
+                wanted["opt_start_seq"] = first
+            wanted["description"] = json.dumps(said)
+            info = await self._save(stream, wanted)
+            findings.append(Finding("info", f"made consumer {name!r} of stream {stream!r} for group {group!r}"))
+        elif drift := _drift(info["config"], wanted):
+            findings.append(Finding("warning", f"put consumer {name!r} of stream {stream!r} right: {drift}"))
+            changed = {key: wanted[key] for key in _WATCHED if key in wanted}
+            kept = {key: value for key, value in info["config"].items() if key != "filter_subject" or key in wanted}
+            info = await self._save(stream, {**kept, **changed})
+        consumer = read_consumer(info)
+        assert consumer is not None, info
+        consumer.born = stream_info["created"]
+        if before is not None and before.created != consumer.created:
+            consumer.noted = stream_info["state"]["last_seq"]  # its notes are older than itself
+        return consumer, findings
+
+    async def _save(self, stream: str, config: dict[str, Any]) -> dict[str, Any]:
+        body = {"stream_name": stream, "config": config}
+        return await self._connection.api(f"CONSUMER.DURABLE.CREATE.{stream}.{config['durable_name']}", body)
+
+
+_WATCHED = ("ack_policy", "max_deliver", "max_ack_pending", "ack_wait", "filter_subject")
+
+
+def _drift(config: dict[str, Any], wanted: dict[str, Any]) -> str:
+    differ = [key for key in _WATCHED if config.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} was {config.get(key)} and is {wanted.get(key)}" for key in differ)
+
+
+def read_consumer(info: dict[str, Any]) -> Consumer | None:
+    """Read a consumer's info; None when it is not ours."""
+    config = info["config"]
+    try:
+        said = json.loads(config.get("description") or "")
+        group, topic = str(said["group"]), str(said["topic"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return Consumer(
+        stream=info["stream_name"],
+        name=info["name"],
+        group=group,
+        topic=topic,
+        start=said.get("start", 1),
+        since=said.get("since", 0.0),
+        lease=config["ack_wait"] / 1e9,
+        created=info["created"],
+        floor=info["ack_floor"]["stream_seq"],
+        last=info["delivered"]["stream_seq"],
+        pending=info.get("num_pending", 0),
+        held=info.get("num_ack_pending", 0),
+        filter=config.get("filter_subject", ""),
+    )
+
+
+def belongs(consumer: Consumer, siblings: dict[str, Consumer], topic: str, seq: int, stored: float) -> bool:
+    """Whether a message is this consumer's: no better matching one of its group gets it."""
+    if not matches(consumer.topic, topic):
+        return False
+    others = [one.topic for one in siblings.values() if seq >= one.start and stored >= one.since]
+    return best_match([*others, consumer.topic], topic) == consumer.topic
