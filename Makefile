@@ -10,7 +10,7 @@ READY := $(VENV)/.ready-$(subst /,-,$(PYTHON))
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench chaos docs wheel pins clean
+.PHONY: help setup demo test test-fast check format bench bench-peers chaos docs wheel pins clean
 
 help: ## this list
 	@echo 'Sluiceway. make WORD, where WORD is one of'
@@ -45,7 +45,12 @@ format: $(READY) ## let ruff tidy up
 	$(BIN)/ruff format
 
 bench: $(READY) ## measure against the floors; rows in bench/results/latest.json
+	@scripts/servers
 	$(BIN)/python -m bench $(ARGS)
+
+bench-peers: $(READY) ## other libraries over the same brokers; rows in bench/results/peers.json
+	@scripts/servers
+	$(BIN)/python -m bench.peers $(ARGS)
 
 chaos: $(READY) ## every broker through every fault; rows in chaos/results/latest.json
 	@scripts/servers

@@ -87,6 +87,11 @@ def first_core() -> set[int]:
     return {min(_cores)}
 
 
+def last_core() -> set[int]:
+    """The core of pinned measures."""
+    return {max(_cores)}
+
+
 def unpin() -> None:
     """Run on any core from now on."""
     if hasattr(os, "sched_setaffinity"):

@@ -50,11 +50,16 @@ def write_json(rows: Sequence[Row], path: Path) -> None:
 
 def write_docs(rows: Sequence[Row], path: Path, rounds: int) -> None:
     """Put the rows between the markers of a page. Raises ValueError when it has none."""
-    before, start, rest = path.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"{path} has no markers {START} and {END}")
-    path.write_text(f"{before}{START}\n\n{markdown(rows, rounds)}\n{END}{after}", encoding="utf-8")
+    write_between(START, END, markdown(rows, rounds), path)
+
+
+def write_between(start: str, end: str, text: str, path: Path) -> None:
+    """Replace what stands between two markers of a page. Raises ValueError when it has them not."""
+    before, found, rest = path.read_text(encoding="utf-8").partition(start)
+    _, last, after = rest.partition(end)
+    if not (found and last):
+        raise ValueError(f"{path} has no markers {start} and {end}")
+    path.write_text(f"{before}{start}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def markdown(rows: Sequence[Row], rounds: int) -> str:

@@ -16,6 +16,7 @@ class Broker:
 
     - `is_server`: it runs elsewhere, and is spoken to through proxies.
     - `hold`: seconds after which others get what a process holds that is no longer heard of.
+    - `survives_kill`: the server itself comes back by itself after a SIGKILL.
     - `deletes`: what can be deleted under a pipeline, of `topic` and `group`.
     - `fills`, `locks_out`: whether it can be full, and whether its password can be changed while it runs.
     """
@@ -23,6 +24,7 @@ class Broker:
     name: str
     hold: float
     is_server = True
+    survives_kill = True
     deletes: frozenset[str] = frozenset()
     fills = False
     locks_out = False
@@ -62,9 +64,6 @@ class Broker:
         """Start the server unless it runs."""
         if self.server is not None and self.server.process is None:
             self.server.start()
-
-    def mend(self) -> None:
-        """After a SIGKILL and a start: do what its operator must, where it does not come back by itself."""
 
     # -- its harms; those that it has not are never asked for
 

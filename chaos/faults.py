@@ -63,7 +63,6 @@ def kill(site: Site) -> Damage:
     _server(site).kill()
     site.wait(1.0)
     _server(site).start()
-    site.broker.mend()
     return _over(2)
 
 
@@ -228,7 +227,8 @@ def lock_file(site: Site) -> Damage:
 
 FAULTS = (
     Fault("restart", "the server is stopped in good order and started again after 1 s", restart, lambda b: b.is_server),
-    Fault("kill", "the server is killed with SIGKILL and started again after 1 s", kill, lambda b: b.is_server),
+    Fault("kill", "the server is killed with SIGKILL and started again after 1 s", kill,
+          lambda b: b.is_server and b.survives_kill),
     Fault("freeze", f"the server stands still for {STALL:g} s (SIGSTOP)", freeze, lambda b: b.is_server),
     Fault("cut", "all connections are cut five times within 2 s, by RST and by FIN", cut, lambda b: b.is_server),
     Fault("cut midway", "connections are reset in the midst of a frame, five times", cut_midway, lambda b: b.is_server),

@@ -30,7 +30,7 @@ async def _close(channel: Any) -> None:
 
 
 async def consume(url: str, topic: str, group: str, count: int) -> float:
-    """Decode and handle what is pushed; one ack for all that came, each time that half the prefetch has. Returns seconds."""
+    """Decode and handle what is pushed; one ack for all that came, at each half of the prefetch. Returns seconds."""
     channel = await _channel(url)
     done = 0
     all_done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -70,7 +70,7 @@ def loaded(url: str, scale: float, count: int) -> dict[str, float]:
 
 
 async def _publish(url: str, topic: str, rate: float, seconds: float) -> int:
-    """Evenly, `rate` messages/s for so many seconds; what is late goes out with the next. `cents`: when each went out."""
+    """Evenly, `rate` messages/s for so many seconds; what is late goes with the next. `cents`: when each went out."""
     sent = 0
     made = order(0)
     async with App(url, group=GROUP) as app:

@@ -186,7 +186,7 @@ async def fill(port: int, total: int) -> None:
     for number in range(total):
         await client.publish(SUBJECT, body(number))
     await client.flush()
-    while (await manager.stream_info(SUBJECT)).state.messages < total:
+    while (await manager.stream_info(SUBJECT)).state.messages < total:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     await client.close()
 
@@ -198,7 +198,7 @@ async def measure(port: int, name: str, count: int, total: int) -> float:
     began = time.perf_counter()
     await asyncio.wait_for(LOOPS[name](port, count, total), 60)
     elapsed = time.perf_counter() - began
-    while (await manager.consumer_info(SUBJECT, GROUP)).num_ack_pending:
+    while (await manager.consumer_info(SUBJECT, GROUP)).num_ack_pending:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     await manager.delete_consumer(SUBJECT, GROUP)
     await client.close()

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import logging
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, Unpack
@@ -20,7 +19,7 @@ from .manager import ConsumerManager
 from .message import Outgoing, PublishHeaders, make_outgoing, with_headers
 from .middleware import BatchMiddleware, Middleware
 from .options import OPTIONS, ConsumerOptions, check_group
-from .pipeline import SHUTDOWN_TIMEOUT
+from .pipeline import SHUTDOWN_TIMEOUT, check_run
 from .signatures import NO_CONTEXT
 from .telemetry import Published, Telemetry
 from .transport import Transport
@@ -86,18 +85,13 @@ class App:
         give_up: Literal["exit", "continue"] = "exit",
     ) -> None:
         check_group("App", group)
-        _check("shutdown_timeout", shutdown_timeout, _is_number(shutdown_timeout, 0), "0 or more seconds")
-        restarts = _is_number(max_restarts, 0) and isinstance(max_restarts, int)
-        _check("max_restarts", max_restarts, restarts, "a whole number, 0 or more")
-        _check("max_seconds", max_seconds, _is_number(max_seconds, 0) and max_seconds > 0, "seconds, more than 0")
+        check_run("App", shutdown_timeout, max_restarts, max_seconds, publish_headers)
         _check("give_up", give_up, give_up in ("exit", "continue"), "'exit' or 'continue'")
         what = "a function decorated with @contextlib.asynccontextmanager"
         _check("lifespan", lifespan, lifespan is None or _is_entered(lifespan), what)
         for name, value in (("middleware", middleware), ("batch_middleware", batch_middleware)):
             problem = OPTIONS[name].check(value)
             _check(name, value, problem is None, problem or "")
-        what = "a function that takes nothing and returns headers"
-        _check("publish_headers", publish_headers, publish_headers is None or callable(publish_headers), what)
         self.url = broker if isinstance(broker, str) else None
         self.group = group
         self.middleware = middleware
@@ -345,10 +339,6 @@ def _check(name: str, value: object, allowed: bool, what: str) -> None:
 
 def _is_entered(lifespan: object) -> bool:
     return callable(lifespan) and not inspect.isasyncgenfunction(lifespan)
-
-
-def _is_number(value: object, least: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= sys.float_info.max
 
 
 def _without_password(url: str) -> str:

@@ -23,13 +23,17 @@ class Split(Struct, Generic[T], frozen=True):
     next accumulator, and whether the batch is full now. The message is the batch's last then. There is an accumulator
     per batch key, and each begins with `start`. After a batch that `step` called full the next one of its key begins
     with what it returned; after one that was emitted for another reason, with `start`. When `step` raises, the message
-    fails and is not in the batch.
+    fails and is not in the batch. Raises OptionError for a `step` that cannot be called.
 
         Split(0, lambda lines, message: ((lines + message.value) % 500, lines + message.value >= 500))
     """
 
     start: T
     step: Callable[[T, Message[Any]], tuple[T, bool]]
+
+    def __post_init__(self) -> None:
+        if not callable(self.step):
+            raise OptionError(f"Split: step must be a function (accumulator, message); got {self.step!r}")
 
     @staticmethod
     def bytes(limit: int) -> Split[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self, Unpack
@@ -69,6 +70,9 @@ class Pipeline:
             definition.batch()(batch)
         if prepare is not None:
             definition.prepare(prepare)
+        check_run(definition.name, shutdown_timeout, max_restarts, max_seconds, publish_headers)
+        if not (telemetry is None or isinstance(telemetry, Telemetry)):
+            raise OptionError(f"{definition.name}: telemetry must be a Telemetry or None; got {telemetry!r}")
         self.telemetry = telemetry or Telemetry()
         spec = make_spec(
             definition,
@@ -79,7 +83,7 @@ class Pipeline:
         )
         self._spec = replace(spec, transform=_checked_transform(definition.name, transform))
         self._open = _with_info(definition.name, open_source)
-        self._rule = RestartRule(max_restarts, max_seconds)
+        self._max_restarts, self._max_seconds = max_restarts, max_seconds
         self._shutdown_timeout = shutdown_timeout
         self._supervisor: Supervisor | None = None
         self._exit: BaseException | None = None
@@ -113,7 +117,8 @@ class Pipeline:
     async def _supervised(self) -> AsyncIterator[asyncio.Task[None]]:
         if self._running:
             raise AppError(f"{self._spec.name}: this pipeline is running already")
-        supervisor = Supervisor(self._spec, self._open, self.telemetry, self._rule, lambda: self._shutdown_timeout)
+        rule = RestartRule(self._max_restarts, self._max_seconds)
+        supervisor = Supervisor(self._spec, self._open, self.telemetry, rule, lambda: self._shutdown_timeout)
         supervisor.on_exit = self._on_exit
         self._supervisor, self._running, self._exit = supervisor, True, None
         task = asyncio.create_task(supervisor.run(), name=f"{self._spec.name}: pipeline")
@@ -152,6 +157,26 @@ class Pipeline:
     def topology(self) -> Topology:
         """Its stages, what they are called, and how many of each work side by side."""
         return self._spec.topology
+
+
+def check_run(
+    where: str, shutdown_timeout: Any, max_restarts: Any, max_seconds: Any, publish_headers: PublishHeaders | None
+) -> None:
+    """Raise OptionError for what a pipeline or an app cannot run with."""
+    whole = isinstance(max_restarts, int) and not isinstance(max_restarts, bool)
+    makes = "a function that takes nothing and returns headers"
+    for name, value, allowed, what in (
+        ("shutdown_timeout", shutdown_timeout, _is_number(shutdown_timeout), "0 or more seconds"),
+        ("max_restarts", max_restarts, whole and max_restarts >= 0, "a whole number, 0 or more"),
+        ("max_seconds", max_seconds, _is_number(max_seconds) and max_seconds > 0, "seconds, more than 0"),
+        ("publish_headers", publish_headers, publish_headers is None or callable(publish_headers), makes),
+    ):
+        if not allowed:
+            raise OptionError(f"{where}: {name} must be {what}; got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _with_info(name: str, open_source: Callable[..., Awaitable[Source]]) -> Callable[[SourceInfo], Awaitable[Source]]:

@@ -124,3 +124,9 @@ def test_it_is_a_gate_that_watches() -> None:
 def test_what_a_circuit_breaker_does_not_allow_is_said(options: dict[str, Any], text: str) -> None:
     with pytest.raises(OptionError, match=f"CircuitBreaker 'db': {text}"):
         CircuitBreaker("db", **options)
+
+
+@pytest.mark.parametrize("name", [5, "", None])  # a number is meant as `failures`
+def test_the_first_argument_of_a_circuit_breaker_is_its_name(name: Any) -> None:
+    with pytest.raises(OptionError, match=f"name must be a non-empty string; got {name!r}"):
+        CircuitBreaker(name)

@@ -335,6 +335,12 @@ def test_a_split_by_bytes_takes_a_whole_number_of_bytes(limit: Any) -> None:
         Split.bytes(limit)
 
 
+@pytest.mark.parametrize("step", [500, None, "bytes"])
+def test_a_split_takes_a_step_that_can_be_called(step: Any) -> None:
+    with pytest.raises(OptionError, match=r"Split: step must be a function \(accumulator, message\); got "):
+        Split(0, step)
+
+
 def test_a_batching_takes_a_split() -> None:
     split = Split.bytes(1)
     assert Batching(split=split).split is split

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "compose.yaml"
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(FILE.read_text())["services"]
 SCHEMES = {"redis": "redis", "nats": "nats", "rabbitmq": "amqp"}
-URL = re.compile(r"\b(?:redis|nats|amqp)://[^\s`'\"<>)]+")
+URL = re.compile(r"\b(?:redis|nats|amqp)://[^\s`'\"<>)[]+")  # not the templates, such as redis://[user@]host
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -46,10 +46,7 @@ def test_the_url_in_the_file_is_that_of_its_service_and_names_a_transport(name: 
     scheme, port = published(name)
     (url,) = [one for one in URL.findall(FILE.read_text()) if one.startswith(scheme)]
     assert urlsplit(url).netloc.rpartition("@")[2] == f"127.0.0.1:{port}"
-    try:
-        assert open_transport(url)
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"no transport yet: {error}")
+    assert open_transport(url)
 
 
 def test_urls_on_this_machine_in_readme_and_docs_are_those_of_the_services() -> None:

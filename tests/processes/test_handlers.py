@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from sluiceway import App, Batch, Message, Pipeline, Retry
+from sluiceway.errors import HandlerTimeout
+from sluiceway.middleware.timeout import Timeout
 from sluiceway.telemetry import MessageFinished, MessageStarted, Telemetry
 
 from ..runtime.recording import Broker, bodies, running
@@ -249,6 +251,22 @@ async def test_middleware_runs_here_round_the_handler_there(told: Told) -> None:
     assert [one.id for one in broker.dead] == ["m3"]
     topics = [one.topic for ended in broker.ended if ended.id == "m4" for one in ended.outputs]
     assert topics == ["from-middleware", "out"]
+
+
+async def test_a_middleware_that_calls_again_hears_nothing_of_the_call_that_was_cut_off(told: Told) -> None:
+    async def twice(message: Message[Any], call_next: Any) -> Any:
+        try:
+            return await call_next(message)
+        except HandlerTimeout:
+            return await call_next(message)
+
+    broker = Broker("sleep 30")
+    pipeline = Pipeline(broker.open, handlers.act, **ONCE, middleware=[twice, Timeout(2.0)])
+    async with running(pipeline, broker):
+        await broker.until(lambda: broker.ended)
+    assert broker.outcomes("m1") == ["dead_letter"]
+    assert dead(broker, "m1")["type"] == "sluiceway.errors.HandlerTimeout"
+    assert len(told.all("start")) == 2
 
 
 async def test_order_by_key_holds_over_processes(told: Told) -> None:

@@ -411,6 +411,26 @@ async def test_what_a_receive_of_no_list_had_asked_for_is_free_again() -> None:
         await broker.settled(1)
 
 
+async def test_what_a_receive_of_no_messages_had_asked_for_is_free_for_a_pipeline_that_runs_meanwhile() -> None:
+    limit = RateLimit(10, 1)
+    broken, broker = Broker("a"), Broker()
+
+    async def receive(demand: int) -> Any:
+        return ["a"]
+
+    async def open_broken() -> Any:
+        source = await broken.open()
+        source.receive = receive  # type: ignore[assignment, method-assign]
+        return source
+
+    async with running(Pipeline(broker.open, nothing, gates=[limit]), broker):
+        with pytest.raises(PipelineFailed, match="a source's receive returns Messages, got str"):
+            await Pipeline(open_broken, nothing, gates=[limit], max_restarts=0).run()
+        broker.put("b")
+        async with asyncio.timeout(10):
+            await broker.settled(1)
+
+
 async def test_a_gate_that_raises_leaves_nobody_waiting_at_it() -> None:
     class Fragile:
         broken = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -279,3 +281,59 @@ async def test_a_pipeline_whose_gates_are_open_has_no_reason() -> None:
         await asyncio.sleep(1)
         now = stats(pipeline)
         assert (now.state, now.reason) == ("running", None)
+
+
+# -- from other threads ----------------------------------------------------------------------------------------------
+
+
+async def test_another_thread_that_asks_makes_no_gate_answer_there() -> None:
+    asked: set[int] = set()
+
+    class Watched(Shut):
+        def allow(self, now: float, wanted: int) -> int:
+            asked.add(threading.get_ident())
+            return 0
+
+    broker = Broker(*bodies(10))
+
+    async def handle(message: Message[bytes]) -> None: ...
+
+    pipeline = Pipeline(broker.open, handle, gates=[Watched()])
+    async with running(pipeline, broker):
+        await asyncio.sleep(0.01)
+        now = await asyncio.to_thread(stats, pipeline)
+    assert (now.state, now.reason) == ("paused", "a gate")
+    assert asked == {threading.get_ident()}
+
+
+async def test_other_threads_may_ask_while_batches_come_and_go() -> None:
+    broker = Broker()
+    done = threading.Event()
+
+    async def handle(message: Message[bytes]) -> None:
+        message.to(key=message.body)
+
+    async def book(batch: Batch[Any]) -> None: ...
+
+    pipeline = Pipeline(broker.open, handle, batch=book, batch_size=2, batch_timeout=0.001)
+
+    def ask() -> int:
+        times = 0
+        while not done.is_set():
+            stats(pipeline)
+            times += 1
+        return times
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the threads take turns within what one of them does
+    try:
+        async with running(pipeline, broker):
+            asking = [asyncio.create_task(asyncio.to_thread(ask)) for _ in range(2)]
+            for round_ in range(60):
+                broker.put(*bodies(100))
+                await broker.settled(100 * (round_ + 1))
+            done.set()
+            assert min(await asyncio.gather(*asking)) > 100
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)

@@ -15,8 +15,11 @@ _SCRIPTS = Path("/usr/lib/rabbitmq/bin")  # Debian's; those in /usr/sbin switch 
 
 
 class RabbitMQServer(Server):
-    """`settings` are lines of rabbitmq.conf. With `certificate`, `key` and `ca` it takes TLS too, on `tls_port`; with
-    `ask_client` only from those whose certificate `ca` has signed."""
+    """`settings` are lines of rabbitmq.conf, `erlang` arguments for its virtual machine.
+
+    With `certificate`, `key` and `ca` it takes TLS too, on `tls_port`; with `ask_client` only from those whose
+    certificate `ca` has signed.
+    """
 
     ready_in = 60.0
 
@@ -29,12 +32,14 @@ class RabbitMQServer(Server):
         key: Path | None = None,
         ca: Path | None = None,
         ask_client: bool = False,
+        erlang: str = "",
     ) -> None:
         super().__init__(folder)
         self._program = self._script("rabbitmq-server")
         self._control = self._script("rabbitmqctl")
         self._epmd_port = free_port()
         self._dist_port = free_port()
+        self._erlang = f"+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none {erlang}"
         self.tls_port = free_port() if certificate is not None else None
         lines = [
             f"listeners.tcp.1 = 127.0.0.1:{self.port}",
@@ -80,7 +85,7 @@ class RabbitMQServer(Server):
             "RABBITMQ_MNESIA_BASE": f"{folder}/mnesia",
             "RABBITMQ_LOG_BASE": f"{folder}/log",
             "RABBITMQ_PID_FILE": f"{folder}/pid",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": self._erlang,
         }
 
     def url(self) -> str:

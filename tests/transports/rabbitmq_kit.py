@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +18,14 @@ from sluiceway.testing.acceptance import Broker
 from sluiceway.transport import Transport
 from sluiceway.transports.rabbitmq import RabbitMQTransport
 from tests.servers.rabbitmq import RabbitMQServer
+
+
+async def until(true: Callable[[], object], seconds: float = 30.0) -> None:
+    """Return when `true()` holds. Fails when that takes too long."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        await asyncio.sleep(0.01)
 
 
 @cache
@@ -48,7 +58,7 @@ class RabbitMQBroker(Broker):
     def client(self) -> Transport:
         return RabbitMQTransport(self.url())
 
-    async def publish_raw(self, topic: str, body: bytes, headers: Mapping[str, bytes] = {}) -> None:  # noqa: B006
+    async def publish_raw(self, topic: str, body: bytes, headers: Mapping[str, bytes] = {}) -> None:
         connection = pika.BlockingConnection(pika.URLParameters(self.server.url()))
         properties = pika.BasicProperties(headers=dict(headers) or None)
         connection.channel().basic_publish(self.exchange, topic, body, properties)

@@ -16,7 +16,7 @@ def broker() -> Broker:
 
 # What AMQP does not say. `backlog` answers what it can: messages that are due, and no age before one was received.
 _NOT_SAID = {
-    "test_the_backlog_is_what_waits_for_the_group": "the age of a queue's first message cannot be had without taking it",
+    "test_the_backlog_says_how_long_the_oldest_has_waited": "the age of a queue's head cannot be had without taking it",
     "test_the_backlog_counts_what_waits_for_its_retry_but_not_its_age": "all groups share the delay ladder",
 }
 for _name, _why in _NOT_SAID.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,14 @@ async def test_a_server_without_jetstream_is_refused_with_what_to_do(tmp_path: P
 
 async def test_files_that_cannot_be_read_are_named() -> None:
     assert "/no/such/ca.pem" in await refused("nats://127.0.0.1:1?ca=/no/such/ca.pem")
+
+
+async def test_a_missing_package_for_key_files_is_named(locked_server: NATSServer, tmp_path: Path) -> None:
+    if importlib.util.find_spec("nkeys") is not None:
+        pytest.skip("nkeys is installed")
+    seed = tmp_path / "seed"
+    seed.write_text("SU…")
+    assert "pip install nkeys" in await refused(f"{locked_server.url()}?nkey={seed}")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from sluiceway.errors import PublishError, TransportError
-from sluiceway.message import Outgoing, Settlement
+from sluiceway.message import Message, Outgoing, Settlement
 from sluiceway.source import Subscription
+from sluiceway.transports.nats import NATSSource, NATSTransport
+from sluiceway.transports.nats.headers import read_delivery
 from tests.servers.nats import NATSServer
 from tests.servers.proxy import Proxy
 from tests.transports.nats_kit import (
@@ -148,9 +152,18 @@ async def test_a_stream_deleted_after_much_was_settled_is_received_from_its_new_
         await publish(transport, "t", *numbered(20))
         assert not await source.settle(await get(source, 20), [])
         await source._look()
+        await source.settle([], [Settlement(one, "retry") for one in await retried(transport, source)])
         await js.delete_stream("sluiceway")
         await publish(transport, "t", b"a", b"b")
-        assert bodies(await get(source, 2)) == [b"a", b"b"]
+        messages = await get(source, 2)
+        assert bodies(messages) == [b"a", b"b"]
+        await source.settle([], [Settlement(one, "release") for one in messages])
+        assert [message.attempt for message in await get(source, 2)] == [1, 1]  # the notes were of other messages
+
+
+async def retried(transport: NATSTransport, source: NATSSource) -> list[Message[Any]]:
+    await publish(transport, "t", b"x", b"y")
+    return await get(source, 2)
 
 
 async def test_failures_outlive_the_server_and_the_process(server: NATSServer) -> None:
@@ -252,3 +265,48 @@ async def test_an_exact_topic_begins_where_the_pattern_of_its_group_was(server: 
         exact = await subscribe(transport, "a.b")
         await publish(transport, "a.b", b"new")
         assert bodies(await get(exact, 1)) == [b"new"]
+
+
+async def test_what_came_while_the_loop_stood_still_for_longer_than_the_lease_is_not_taken_for_ours(
+    server: NATSServer,
+) -> None:
+    async with connected(server, lease=1.0) as transport:
+        source = await subscribe(transport, "t")
+        call = asyncio.create_task(get(source, 1))
+        await asyncio.sleep(0.3)
+        thread = threading.Thread(target=asyncio.run, args=(publish_elsewhere(server),))
+        thread.start()
+        time.sleep(2.0)  # noqa: ASYNC251  # as a handler that blocks the loop does
+        thread.join()
+        (message,) = await call
+        assert read_delivery(message.token[0]).count > 1
+        assert not await source.settle([message], [])
+
+
+async def publish_elsewhere(server: NATSServer) -> None:
+    async with connected(server) as transport:
+        await publish(transport, "t", b"a")
+
+
+@pytest.mark.parametrize("count", [1, 30])
+async def test_what_was_released_while_another_process_died_with_a_pull_comes_again_and_once_is_enough(
+    server: NATSServer, count: int
+) -> None:
+    """A pull of a dead process stays at the server for a while, and makes 2.9 redeliver out of turn."""
+    async with connected(server, lease=1.0) as transport:
+        source = await subscribe(transport, "t")
+        await publish(transport, "t", *numbered(count))
+        messages = await get(source, count)
+        dead = await subscribe(transport, "t")
+        call = asyncio.create_task(dead.receive(10))
+        await asyncio.sleep(0.2)
+        dead._connection.write(b"UNSUB %b\r\n" % dead._pulls._sid)
+        await source.settle([], [Settlement(one, "release") for one in messages])
+        seen: set[bytes] = set()
+        async with asyncio.timeout(20):
+            while seen != set(numbered(count)):
+                got = await source.receive(count)
+                seen |= set(bodies(got))
+                await source.settle(got, [])
+        dead.stop()
+        await call

@@ -10,8 +10,9 @@ from nats.protocol.parser import Parser
 
 from sluiceway._decisions.topics import matches
 from sluiceway.message import Outgoing
+from sluiceway.transports.nats.consumers import consumer_name
 from sluiceway.transports.nats.headers import read_delivery, read_headers, write_headers
-from sluiceway.transports.nats.streams import consumer_name, covers, filters_of
+from sluiceway.transports.nats.streams import covers, filters_of
 from sluiceway.transports.nats.wire import Frame, WireParser
 
 

@@ -1,8 +1,10 @@
-"""RabbitMQ: URLs and options, what `connect` says when it cannot, TLS, and what is said when things are not as they must be."""
+"""RabbitMQ: URLs and options, what `connect` says when it cannot, TLS, and a broker that is not as it must be."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import socket
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from sluiceway.transports.rabbitmq.topology import STEP, rung_for
 from tests.servers.certificates import Certificates
 from tests.servers.rabbitmq import RabbitMQServer
 from tests.servers.server import free_port
-from tests.transports.rabbitmq_kit import RabbitMQBroker, shared_server
+from tests.transports.rabbitmq_kit import RabbitMQBroker, shared_server, until
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ async def refused(url: str) -> str:
     return str(caught.value)
 
 
-# -- URLs and options ----------------------------------------------------------------------------------------------------
+# -- URLs and options --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -46,16 +48,15 @@ async def refused(url: str) -> str:
         ("amqp://h/?timeout=0", "more than 0 seconds"),
         ("amqp://h/?queue_type=mirrored", "'quorum' or 'classic'"),
         ("amqp://h/?max_payload=0", "1 to 536870912 bytes"),
-        ("amqp://h/?ca=/ca.pem", "amqps://"),
+        ("amqp://h/?ca_file=/ca.pem", "amqps://"),
         ("amqp:///vhost", "amqp://user:password@host:port/vhost"),
         ("amqp://h:port/", "amqp://user:password@host:port/vhost"),
         ("amqp://h/a/b", "%2F"),
     ],
 )
 def test_a_url_that_cannot_be_is_refused_with_what_is_allowed(url: str, said: str) -> None:
-    with pytest.raises(OptionError, match="(?s).*") as caught:
+    with pytest.raises(OptionError, match=re.escape(said)):
         RabbitMQTransport.from_url(url)
-    assert said in str(caught.value)
 
 
 def test_an_option_that_is_not_there_is_refused() -> None:
@@ -69,7 +70,7 @@ def test_nothing_that_is_shown_has_the_password() -> None:
     assert "s3cret" not in repr(vars(transport))
 
 
-# -- connecting ----------------------------------------------------------------------------------------------------------
+# -- connecting --------------------------------------------------------------------------------------------------
 
 
 async def test_a_host_where_nobody_listens_is_said() -> None:
@@ -120,7 +121,7 @@ async def test_what_is_not_connected_says_so() -> None:
         await transport.publish([Outgoing("t", b"a")])
 
 
-# -- TLS -----------------------------------------------------------------------------------------------------------------
+# -- TLS ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -133,22 +134,22 @@ async def test_tls_with_a_ca_and_a_client_certificate_and_what_is_said_without(t
     await asyncio.to_thread(server.start)
     try:
         place = f"amqps://guest:guest@localhost:{server.tls_port}/%2F?timeout=5"
-        trusted = f"{place}&ca={made.authority}"
-        transport = RabbitMQTransport(f"{trusted}&cert={made.client}&key={made.client_key}")
+        trusted = f"{place}&ca_file={made.authority}"
+        transport = RabbitMQTransport(f"{trusted}&cert_file={made.client}&key_file={made.client_key}")
         await transport.connect()
         await transport.publish([Outgoing("t.dead", b"a")])
         await transport.aclose()
-        assert "TLS" in await refused(f"{place}&ca={made.stranger}")
+        assert "TLS" in await refused(f"{place}&ca_file={made.stranger}")
         assert "TLS" in await refused(f"{trusted}&server_name=elsewhere.test.invalid")
         await refused(trusted)  # without a client's certificate
         assert "AMQP" in await refused(f"amqp://guest:guest@localhost:{server.tls_port}/?timeout=2")
         with pytest.raises(ConnectError, match="TLS files"):
-            RabbitMQTransport(f"{place}&ca={tmp_path / 'missing.pem'}")
+            RabbitMQTransport(f"{place}&ca_file={tmp_path / 'missing.pem'}")
     finally:
         server.kill()
 
 
-# -- what stands at the broker -------------------------------------------------------------------------------------------
+# -- what stands at the broker -----------------------------------------------------------------------------------
 
 
 async def test_a_queue_with_other_properties_is_an_error_that_names_it_and_what_to_do(broker: RabbitMQBroker) -> None:
@@ -197,7 +198,7 @@ async def test_classic_queues_are_taken_with_a_warning_and_still_find_what_kills
     await transport.aclose()
 
 
-# -- publishing ----------------------------------------------------------------------------------------------------------
+# -- publishing --------------------------------------------------------------------------------------------------
 
 
 async def test_what_no_group_wants_is_refused_and_the_rest_is_published(broker: RabbitMQBroker) -> None:
@@ -223,17 +224,16 @@ async def test_a_blocked_broker_is_told_and_bounds_the_wait(tmp_path: Path) -> N
         await transport.publish([Outgoing("t", b"a"), Outgoing("t", b"b")])
         first, *_ = await source.receive(1)
         await asyncio.to_thread(server.control, "set_vm_memory_high_watermark", "absolute", "1MB")
+        with contextlib.suppress(PublishError):  # the broker says that it is blocked to those who publish
+            await transport.publish([Outgoing("t", b"c")])
+        await until(lambda: source.status().state == "blocked")
         with pytest.raises(PublishError, match="memory"):
-            async with asyncio.timeout(30):
-                while True:
-                    await transport.publish([Outgoing("t", b"c")])
+            await transport.publish([Outgoing("t", b"c")])
         assert source.status().state == "blocked"
         assert not await source.settle([first], [])  # acks go on
         assert (await asyncio.wait_for(source.receive(1), 10))[0].body == b"b"
         await asyncio.to_thread(server.control, "set_vm_memory_high_watermark", "0.4")
-        async with asyncio.timeout(30):
-            while source.status().state == "blocked":
-                await asyncio.sleep(0.05)
+        await until(lambda: source.status().state != "blocked")
         await transport.publish([Outgoing("t", b"d")])
         await source.aclose()
         await transport.aclose()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pika
@@ -16,7 +16,7 @@ from sluiceway.source import Source, Subscription
 from sluiceway.transports.rabbitmq import RabbitMQTransport
 from tests.servers.proxy import Proxy
 from tests.servers.rabbitmq import RabbitMQServer
-from tests.transports.rabbitmq_kit import RabbitMQBroker, shared_server
+from tests.transports.rabbitmq_kit import RabbitMQBroker, shared_server, until
 
 SOON = 30.0
 
@@ -56,21 +56,24 @@ async def take(source: Source, count: int) -> list[Message[bytes]]:
 
 async def publish(transport: RabbitMQTransport, *bodies: bytes) -> None:
     """Publish, again and again while the broker is out of reach."""
-    left = [Outgoing("t", body) for body in bodies]
+    await publish_all(transport, [Outgoing("t", body) for body in bodies])
+
+
+async def publish_all(transport: RabbitMQTransport, left: Sequence[Outgoing]) -> None:
     async with asyncio.timeout(SOON):
         while left:
             try:
                 await transport.publish(left)
                 return
             except PublishError as error:
-                left = list(error.failed)
+                left = error.failed
 
 
 def management(broker: RabbitMQBroker) -> pika.BlockingConnection:
     return pika.BlockingConnection(pika.URLParameters(broker.server.url()))
 
 
-# -- connections ---------------------------------------------------------------------------------------------------------
+# -- connections -------------------------------------------------------------------------------------------------
 
 
 async def test_a_source_goes_on_after_its_connection_was_cut_and_says_so(
@@ -82,9 +85,7 @@ async def test_a_source_goes_on_after_its_connection_was_cut_and_says_so(
     await asyncio.sleep(0)
     proxy.refuse()
     proxy.cut()
-    async with asyncio.timeout(SOON):
-        while source.status().state != "connecting":
-            await asyncio.sleep(0.01)
+    await until(lambda: source.status().state == "connecting")
     assert source.status().error
     proxy.heal()
     await publish(transport, b"a")
@@ -103,9 +104,7 @@ async def test_what_was_in_hand_when_the_connection_was_cut_comes_again_and_blam
     await publish(transport, *(b"%d" % number for number in range(20)))
     held = await take(source, 20)
     proxy.cut()
-    async with asyncio.timeout(SOON):
-        while held[0].scope in source.status().scopes:
-            await asyncio.sleep(0.01)
+    await until(lambda: held[0].scope not in source.status().scopes)
     refused = await source.settle(held[:10], [Settlement(held[10], "retry")])
     assert {one.message for one in refused} == set(held[:11])
     assert {one.kind for one in refused} == {"lost"}
@@ -190,7 +189,7 @@ async def test_a_retry_whose_confirm_is_lost_is_tried_again_and_the_message_is_n
     await source.aclose()
 
 
-# -- what stands at the broker -------------------------------------------------------------------------------------------
+# -- what stands at the broker -----------------------------------------------------------------------------------
 
 
 async def test_a_deleted_queue_is_made_again_and_goes_on(broker: RabbitMQBroker, transport: RabbitMQTransport) -> None:
@@ -226,18 +225,11 @@ async def test_a_deleted_dead_letter_queue_is_made_again(broker: RabbitMQBroker,
     connection = await asyncio.to_thread(management, broker)
     await asyncio.to_thread(connection.channel().queue_delete, f"{broker.exchange}|t.g.dead")
     connection.close()
-    left = [Outgoing("t.g.dead", b"2")]
-    async with asyncio.timeout(SOON):
-        while left:
-            try:
-                await transport.publish(left)
-                left = []
-            except PublishError as error:
-                left = list(error.failed)
+    await publish_all(transport, [Outgoing("t.g.dead", b"2")])
     assert [stored.body async for stored in transport.browse("t.g.dead")] == [b"2"]
 
 
-# -- the server ----------------------------------------------------------------------------------------------------------
+# -- the server --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

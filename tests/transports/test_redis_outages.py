@@ -241,7 +241,7 @@ async def test_a_server_that_was_away_for_longer_than_a_lease_takes_nothing_from
 async def test_the_bells_of_one_topic_end_no_retries_of_another(redis_server: RedisServer) -> None:
     """Entries of two streams may have the same id."""
     redis_server.ask("FLUSHALL")
-    async with connected(redis_server) as transport:
+    async with connected(redis_server, lease=30.0) as transport:
         source = await subscribe(transport, "a", "b")
         call = asyncio.create_task(source.receive(100))
         await asyncio.sleep(0.2)

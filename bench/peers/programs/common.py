@@ -1,7 +1,7 @@
 """What all programs have in common: what they are told, the payload, and the clock. It needs nothing but Python.
 
-A program is called as `program.py BROKER URL TOPIC COUNT [batch]`. It publishes COUNT messages through its library, then
-takes them, and prints the messages/s from the first call of the handler to the last.
+A program is called as `program.py BROKER URL TOPIC COUNT [batch]`. It publishes COUNT messages through its library,
+then takes them, and prints the messages/s from the first call of the handler to the last.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -23,6 +24,8 @@ ORDER: dict[str, Any] = {
     "lines": ["a-1", "b-2"], "note": "",
 }  # fmt: skip
 ORDER["note"] = "n" * (200 - len(json.dumps(ORDER, separators=(",", ":"))))
+
+signal.alarm(60)  # whatever happened to the bench
 
 _numbers = itertools.count()  # `next` of it is one step, on threads too
 _total = _first = 0  # of batches

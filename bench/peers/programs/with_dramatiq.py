@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
+
+os.environ["dramatiq_queue_prefetch"] = "100"  # read when it is imported
 
 import dramatiq
 from common import BROKER, COUNT, ORDER, TOPIC, URL, seen
@@ -31,7 +34,6 @@ def made() -> Any:
 
 
 broker = made()
-broker.middleware[:] = [one for one in broker.middleware if type(one).__name__ != "Prometheus"]
 dramatiq.set_broker(broker)
 
 

@@ -46,6 +46,7 @@ async def redis() -> None:
 
 async def nats() -> None:
     from faststream.nats import JStream, NatsBroker, PullSub
+    from nats import connect
 
     stream = JStream(name=TOPIC, subjects=[TOPIC])
     broker = NatsBroker(URL, logger=None)
@@ -53,7 +54,9 @@ async def nats() -> None:
     more: dict[str, Any] = {} if BATCH else {"max_workers": 10}
     broker.subscriber(TOPIC, stream=stream, durable="bench", pull_sub=pull, **more)(handle_batch if BATCH else handle)
     await broker.connect()
-    await broker.stream.add_stream(name=TOPIC, subjects=[TOPIC])  # before the messages: FastStream makes it at its start
+    client = await connect(URL)  # before the messages: FastStream makes the stream when it starts
+    await client.jetstream().add_stream(name=TOPIC, subjects=[TOPIC])
+    await client.close()
     await publish(lambda: broker.publish(ORDER, TOPIC, stream=TOPIC))
     await broker.start()
 

@@ -80,8 +80,8 @@ class Forming:
 
     @property
     def count(self) -> int:
-        """Messages in all forming batches."""
-        return sum(map(len, self._batches.values()))
+        """Messages in all forming batches. Any thread may ask: the copy is made in one step."""
+        return sum(map(len, self._batches.copy().values()))
 
     def opened(self, key: Hashable, now: float) -> float:
         """Start the time of a batch; returns when it is due."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Sequence
+from copy import copy
 from typing import Any
 
 from msgspec.structs import replace
@@ -168,19 +169,22 @@ class WrappedProcessProcessors(AsyncProcessors):
         inner = replace(spec, handle=around(self._call), timeout=None)  # the pool knows when a handler is entered
         super().__init__(inner, settler, batchers, failures)
         self.pool = WorkerPool(spec.name, spec.remote, spec.concurrency, self, ahead=None, timeout=spec.timeout)
-        self._waiting: dict[Message[Any], asyncio.Future[Any]] = {}
+        self._waiting: dict[Message[Any], tuple[Message[Any], asyncio.Future[Any]]] = {}
 
     async def _call(self, message: Message[Any]) -> Any:
-        future = self._waiting[message] = self._loop.create_future()
-        self.pool.put((message,))
+        future: asyncio.Future[Any] = self._loop.create_future()
+        # A copy for each call: middleware may call again while the worker of a call that was cut off still dies.
+        called = copy(message)
+        self._waiting[called] = message, future
+        self.pool.put((called,))
         try:
             return await future
         except asyncio.CancelledError:
             if future.cancelled():
-                self.pool.drop(message, Release("cancelled"))
+                self.pool.drop(called, Release("cancelled"))
             raise
         finally:
-            self._waiting.pop(message, None)
+            self._waiting.pop(called, None)
 
     async def end(self) -> None:
         await self.pool.end()
@@ -200,11 +204,11 @@ class WrappedProcessProcessors(AsyncProcessors):
         pass
 
     def ended(self, message: Message[Any], more: More, error: BaseException | None) -> None:
-        future = self._waiting.get(message)
-        if future is None or future.done():
+        waiting, future = self._waiting.get(message, (None, None))
+        if waiting is None or future is None or future.done():
             return
         try:
-            take_over(message, more, self.settler)
+            take_over(waiting, more, self.settler)
         except Exception as raised:
             error = error or raised
         if error is None:

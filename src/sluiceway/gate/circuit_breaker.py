@@ -51,6 +51,7 @@ class CircuitBreaker:
         on: type[BaseException] | tuple[type[BaseException], ...] = Exception,
         on_state: Callable[[CircuitBreaker], None] | None = None,
     ) -> None:
+        _check(name, "name", name, isinstance(name, str) and bool(name), "a non-empty string")
         _check(name, "failures", failures, _is_count(failures), "a whole number, 1 or more")
         _check(name, "within", within, _is_seconds(within), "seconds, more than 0")
         _check(name, "reset_after", reset_after, _is_seconds(reset_after), "seconds, more than 0")

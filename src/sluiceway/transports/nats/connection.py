@@ -201,6 +201,12 @@ class Connection:
             return ConnectError(f"NATS at {where} refused the credentials; check user and password, token or key file")
         if isinstance(error, ssl.SSLError):
             return ConnectError(f"TLS with NATS at {where} failed: {text}; check ca, certificate and server_name")
+        if isinstance(error, (ConnectionResetError, BrokenPipeError)):
+            return ConnectError(
+                f"NATS at {where} closed the connection at once ({text}); check the credentials and TLS"
+            )
+        if isinstance(error, ImportError):
+            return ConnectError(f"credentials and nkey need one more package ({error}): pip install nkeys")
         if "offers no TLS" in text:
             return ConnectError(
                 f"NATS at {where} offers no TLS; use nats:// without ca and certificate, or turn TLS on"
@@ -268,11 +274,11 @@ class Connection:
 
 
 async def _abandon(client: WireClient) -> None:
-    """Close it. After a TLS handshake that failed, asyncio never says that the connection is closed."""
+    """Close it, however far it came. After a TLS handshake that failed, asyncio never says that it is closed."""
     try:
         await asyncio.wait_for(client.close(), 2)
-    except TimeoutError:
-        log.debug("nats: the connection did not say that it is closed")
+    except Exception as error:
+        log.debug("nats: closing the connection: %s %s", type(error).__name__, error)
 
 
 def status(frame: Frame) -> int:

@@ -14,7 +14,7 @@ from ..._decisions.topics import best_match, matches
 from ...source import Start
 from ...transport import Finding
 from .connection import ApiError, Connection
-from .streams import NO_STREAM, covers
+from .streams import NO_STREAM, NOTE, NOTES, covers
 
 _NO_CONSUMER = 10014
 
@@ -124,6 +124,9 @@ class Consumers:
                 wanted["deliver_policy"] = "by_start_sequence"
                 wanted["opt_start_seq"] = first
             wanted["description"] = json.dumps(said)
+            if before is None or before.born != stream_info["created"]:  # notes of another stream of this name
+                filter_ = f"{NOTE}{stream}.{name}.*"
+                await self._connection.api(f"STREAM.PURGE.{NOTES}", {"filter": filter_})
             info = await self._save(stream, wanted)
             findings.append(Finding("info", f"made consumer {name!r} of stream {stream!r} for group {group!r}"))
         elif drift := _drift(info["config"], wanted):
@@ -134,7 +137,7 @@ class Consumers:
         consumer = read_consumer(info)
         assert consumer is not None, info
         consumer.born = stream_info["created"]
-        if before is not None and before.created != consumer.created:
+        if before is not None and before.created != consumer.created and before.born == consumer.born:
             consumer.noted = stream_info["state"]["last_seq"]  # its notes are older than itself
         return consumer, findings
 

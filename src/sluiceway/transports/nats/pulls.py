@@ -18,14 +18,14 @@ from .consumers import Consumer
 from .headers import read_delivery
 from .wire import Frame
 
-BEAT = 5.0  # seconds between the server's heartbeats while a pull waits
+BEAT = 5.0  # seconds between the server's heartbeats while a pull waits, at most
 LINGER = 60.0  # seconds that a pull waits
 TURN = 0.1  # where the demand is less than one for each consumer
 PATIENCE = 3.0  # seconds that an answer at once may take
 
 
 class Pulls:
-    """The pulls of one source. `arrived`: what came, by read, with the time of it."""
+    """The pulls of one source. `arrived`: what came, by read, with a time before which the server had not sent it."""
 
     def __init__(self, connection: Connection, number: int) -> None:
         self.arrived: list[tuple[float, list[Frame]]] = []
@@ -43,6 +43,7 @@ class Pulls:
         self._dry: set[int] = set()  # consumers that had no more
         self._consumers: Sequence[Consumer] = ()
         self._turn = 0
+        self.beat = BEAT
         self._heard = 0.0
         self.reads = 0
         self._wake = asyncio.Event()
@@ -84,7 +85,7 @@ class Pulls:
             few = free < len(consumers) - len(self._open)
             wait: dict[str, object] = {"expires": int((TURN if few else LINGER) * 1e9)}
             if not few:
-                wait["idle_heartbeat"] = int(BEAT * 1e9)
+                wait["idle_heartbeat"] = int(self.beat * 1e9)
             closed = [index for index in range(len(consumers)) if index not in self._open]
             self._send_all(closed, min(free, len(closed)), wait)
             await self._linger()
@@ -94,7 +95,7 @@ class Pulls:
     async def _linger(self) -> None:
         while self._open and not (self.arrived or self.stopped() or self.trouble):
             heard = self._heard
-            done = await self._until(lambda: bool(self.arrived or self.stopped() or not self._open), 2 * BEAT + 1)
+            done = await self._until(lambda: bool(self.arrived or self.stopped() or not self._open), 2 * self.beat + 1)
             if not done and self._heard == heard:  # two heartbeats missed
                 self.silent = True
                 await self.cancel()
@@ -117,7 +118,6 @@ class Pulls:
 
     def _listen(self) -> None:
         if not self._sid and self._connection.up.is_set():
-            self._heard = time.monotonic()
             self._generation += 1
             name = f"p{self._number}-{self._generation}"
             self._sid, self._inbox = name.encode(), f"{self._connection.inbox}.{name}"
@@ -154,17 +154,19 @@ class Pulls:
         return asked
 
     def _send(self, index: int, consumer: Consumer, batch: int, options: dict[str, object]) -> None:
+        if not self._open:
+            self._heard = time.monotonic()  # nothing can have come before
         self._open[index] = batch
         body = json.dumps({"batch": batch, **options}).encode()
         line = f"PUB $JS.API.CONSUMER.MSG.NEXT.{consumer.path} {self._inbox}.{index} {len(body)}\r\n"
         self._connection.write(line.encode() + body + b"\r\n")
 
     def _on_frames(self, frames: list[Frame]) -> None:
-        now = self._heard = time.monotonic()
+        came, self._heard = self._heard, time.monotonic()  # a loop that stood still reads late what came long before
         self.reads += 1
         messages = [frame for frame in frames if frame[1]]
         if messages:
-            self.arrived.append((now, messages))
+            self.arrived.append((came, messages))
             if self._single:
                 self._got(0, len(messages), messages[-1])
             else:

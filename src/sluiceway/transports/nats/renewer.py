@@ -15,7 +15,7 @@ from ...errors import TransportError
 from .settings import Settings
 
 Token = tuple[bytes, float]
-"""Where a delivery is acked, and when it came, by the machine's monotonic clock."""
+"""Where a delivery is acked, and a time before which it had not come, by the machine's monotonic clock."""
 
 
 class Leases:

@@ -23,7 +23,7 @@ from .consumers import Consumer, Consumers, belongs
 from .hand import Hand
 from .headers import Delivery, read_delivery, read_headers, stored_at
 from .publishing import Publisher
-from .pulls import Pulls
+from .pulls import BEAT, Pulls
 from .renewer import Leases, NATSRenewer, Token, share
 from .streams import Streams, topic_of
 from .wire import Frame
@@ -73,6 +73,7 @@ class NATSSource:
         lease = min([consumer.lease for consumer in self._consumers], default=self._connection.settings.lease)
         self.lease: float | None = lease
         leases = Leases(lease)
+        self._pulls.beat = min(BEAT, lease / 6)
         share(leases)
         self._hand = Hand(self._connection, self._publisher, leases, self._gone)
         self._hand.consumers = self._consumers
@@ -182,6 +183,7 @@ class NATSSource:
         if self._pulls.trouble:
             log.warning("a consumer of %s is gone: %s; making it anew", self.subscription.topics, self._pulls.trouble)
             self._streams.forget()
+            await self._pulls.rest(0.25)  # where a stream goes, its consumers go first
             await self.resume()
         if not self._pulls.arrived:
             await self._pulls.pull(self._consumers, demand, self._max_bytes)

@@ -24,9 +24,9 @@ class Options(Struct, frozen=True, kw_only=True):
     heartbeat: int = 30
     timeout: float = 10.0
     max_payload: int = 16 * 1024 * 1024
-    ca: str | None = None
-    cert: str | None = None
-    key: str | None = None
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
     server_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class Options(Struct, frozen=True, kw_only=True):
             ("heartbeat", 0 <= self.heartbeat <= 65_535, "0 to 65535 seconds"),
             ("timeout", 0 < self.timeout < math.inf, "more than 0 seconds"),
             ("max_payload", 1 <= self.max_payload <= 536_870_912, "1 to 536870912 bytes"),
-            ("key", self.key is None or self.cert is not None, "given together with cert"),
+            ("key_file", self.key_file is None or self.cert_file is not None, "given together with cert_file"),
         ):
             if not allowed:
                 raise OptionError(f"RabbitMQTransport: {name} must be {what}, got {getattr(self, name)!r}")
@@ -93,8 +93,10 @@ def address_of(url: str, options: Options) -> Address:
         raise OptionError(
             "an amqp URL is amqp://user:password@host:port/vhost (a / in the vhost is %2F); amqps:// has TLS"
         )
-    if not tls and (options.ca or options.cert or options.server_name):
-        raise OptionError("ca, cert, key and server_name are for TLS: write amqps:// in front of the URL")
+    if not tls and (options.ca_file or options.cert_file or options.server_name):
+        raise OptionError(
+            "ca_file, cert_file, key_file and server_name are for TLS: write amqps:// in front of the URL"
+        )
     port = port or (5671 if tls else 5672)
     vhost = unquote(parts.path[1:]) or "/"
     parameters = pika.ConnectionParameters(
@@ -113,10 +115,10 @@ def address_of(url: str, options: Options) -> Address:
 
 def _tls(host: str, options: Options) -> pika.SSLOptions:
     try:
-        context = ssl.create_default_context(cafile=options.ca)
-        if options.cert is not None:
-            context.load_cert_chain(options.cert, options.key)
+        context = ssl.create_default_context(cafile=options.ca_file)
+        if options.cert_file is not None:
+            context.load_cert_chain(options.cert_file, options.key_file)
     except (OSError, ssl.SSLError) as error:
-        files = ", ".join(name for name in (options.ca, options.cert, options.key) if name)
+        files = ", ".join(name for name in (options.ca_file, options.cert_file, options.key_file) if name)
         raise ConnectError(f"cannot read the TLS files ({files}): {error}") from error
     return pika.SSLOptions(context, options.server_name or host)

@@ -96,12 +96,11 @@ class Inbound(Struct, gc=False):
 def open_letter(delivery: Delivery, scope: Any, explained: int = 0) -> Inbound:
     """The message of a delivery. `explained` of its hand-overs ended with a connection of this process, which lives."""
     tag, redelivered, key, properties, body, _ = delivery
-    headers = properties.headers or {}
-    if len(headers) == 1 and properties.message_id and not redelivered and TIME in headers:  # nearly every message
-        envelope = unseal(headers)
-        return Inbound(
-            Message(key, body, properties.message_id, timestamp=envelope.timestamp or 0.0, scope=scope, token=tag)
-        )
+    headers: Mapping[Any, Any] = properties.headers or {}
+    id, at = properties.message_id, headers.get(TIME)
+    if len(headers) == 1 and id.__class__ is str and at.__class__ is str and id and not redelivered:  # nearly every one
+        timestamp = unseal(headers).timestamp or 0.0
+        return Inbound(Message(key, body, id, timestamp=timestamp, scope=scope, token=tag))
     text = _as_text(headers)
     envelope = unseal(text)
     count = max(_number(text.get("x-delivery-count")), int(redelivered)) - explained

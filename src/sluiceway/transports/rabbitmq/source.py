@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ log = logging.getLogger("sluiceway")
 
 _UNUSED = 5.0  # seconds that credit far above the demand is left with the broker
 _CONSUMERS = 8  # after so many one takes their place
+_GRACE = 0.5  # seconds of a pause before what has arrived goes back: most pauses are shorter
+_REMEMBERED = 10_000  # ids of messages that were lost with a connection
 _RETURN = 2.0  # seconds that a suspicion's copy has to come back, before others go first
 
 
@@ -68,6 +71,7 @@ class RabbitMQSource:
         self._waiter: asyncio.Future[None] | None = None
         self._demand = 0
         self._stopped = False
+        self._ending = asyncio.Event()  # it has stopped
         self._trouble: str | None = None
         self._since = time.time()
         self._newest = 0.0
@@ -123,6 +127,8 @@ class RabbitMQSource:
 
     def lost(self, epoch: int, reason: str) -> None:
         if self._epoch:
+            if len(self._lost) > _REMEMBERED:  # others have them
+                self._lost.clear()
             for message in [*self._buffer, *self._held.values()]:
                 self._lost[message.id] += 1
             self._in_background(self._subscription.on_revoke(frozenset({self._epoch}), None))
@@ -140,7 +146,7 @@ class RabbitMQSource:
         ours, or in a cancel of ours, where the broker takes back what it was about to push."""
         if not delivery[1]:
             return 0
-        lost = self._lost.pop(str(delivery[3].message_id), 0)
+        lost = self._lost.get(str(delivery[3].message_id), 0)
         once = (delivery[3].headers or {}).get("x-delivery-count") == 1
         return lost or int(once and self._hub.was_taken_back(self._queue_of(delivery)))
 
@@ -165,7 +171,8 @@ class RabbitMQSource:
                 if self._buffer:
                     messages = self._take(demand)
                     self._apart = any(message.suspect for message in messages)
-                    await self._give_back()
+                    self._in_background(self._give_back())
+                    await asyncio.wait(self._tasks, timeout=self._hub.timeout)
                     return messages
             elif self._buffer:
                 return self._take(demand)
@@ -234,12 +241,16 @@ class RabbitMQSource:
         """Receive nothing more: a waiting `receive` returns nothing, and what has arrived goes back. Idempotent."""
         if not self._stopped:
             self._stopped = True
+            self._ending.set()
             self._since = time.time()
             self._withdraw()
             self._in_background(self._clear())
             self._wake()
 
     async def _clear(self) -> None:
+        if not self._stopped:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), _GRACE)
         await self._quiet.wait()
         if self._stopped or not self._window:
             await self._give_back()
@@ -292,8 +303,11 @@ class RabbitMQSource:
         if settled:
             self._hub.io.call(self._inlet.ack, self._epoch, settled)
         held = self._held
+        lost = self._lost
         for tag in tags:
-            held.pop(tag, None)
+            message = held.pop(tag, None)
+            if lost and message is not None:
+                lost.pop(message.id, None)
         if self._alone or self._sent:
             for tag in tags:
                 self._alone.pop(tag, None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
 from typing import Any, Self
 
 from ..._decisions.topics import check_topic
-from ...errors import ConnectError, OptionError, PayloadTooLarge, PublishError, TransportError
+from ...errors import ConnectError, OptionError, PayloadTooLarge, PublishError, TransportError, Unsupported
 from ...message import Outgoing, Stored
 from ...source import Subscription
 from ...transport import Features, Finding
@@ -29,7 +30,7 @@ class RabbitMQTransport:
     - `heartbeat`: seconds without a sign of life after which a connection is lost.
     - `timeout`: seconds to wait for a connection, for confirms, and for a broker that takes no messages.
     - `max_payload`: bytes, the most one body may have; the server has its own `max_message_size`.
-    - `ca`, `cert`, `key`: files for TLS, in PEM; without `ca` those that the system trusts. `server_name`: whom the
+    - `ca_file`, `cert_file`, `key_file`: for TLS, in PEM; without `ca_file` those that the system trusts. `server_name`: whom the
       server's certificate must name, unless that is the host.
 
     Raises OptionError for a value that is not allowed; the connection is opened by `connect`.
@@ -140,7 +141,8 @@ class RabbitMQTransport:
     # -- receiving
 
     async def subscribe(self, subscription: Subscription) -> RabbitMQSource:
-        """Open a source. The group exists when this returns. Raises OptionError for a topic that cannot be."""
+        """Open a source. The group exists when this returns. Raises OptionError for a topic that cannot be, and
+        Unsupported for a start at a time."""
         _check(subscription)
         self._hub.topics.setdefault(subscription.group, set()).update(subscription.topics)
         source = RabbitMQSource(self._hub, subscription)
@@ -183,6 +185,10 @@ class RabbitMQTransport:
 
 
 def _check(subscription: Subscription) -> None:
+    if isinstance(subscription.start, datetime):
+        raise Unsupported(
+            f"group {subscription.group!r} cannot start at a time: RabbitMQ keeps nothing for a group before it is made"
+        )
     if not subscription.topics:
         raise OptionError(f"the subscription of group {subscription.group!r} names no topic")
     for topic in subscription.topics:

@@ -2,7 +2,9 @@
 
 transport.py   RedisTransport: connect, publish, browse
 source.py      RedisSource: receive and settle
+reception.py   what a source reads, and what it has in hand
 settling.py    how deliveries end: which commands, and what is known of those sent before
+groups.py      consumer groups, and the server's settings
 keys.py        the keys of a topic and of a group
 entries.py     stream entries from and to messages
 scripts.py     what must happen in one step, in Lua

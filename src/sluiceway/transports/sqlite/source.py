@@ -145,20 +145,31 @@ class SQLiteSource:
         """
         if not acks and not others:
             return ()
-        held = self._held
         ended = [*acks, *[other.message for other in others]] if others else acks
-        stale = [message for message in ended if held.get(message.token, message) is not message]
+        stale = self._let_go(ended)
         if stale:
             acks = [message for message in acks if message not in stale]
             others = [other for other in others if other.message not in stale]
         limit = self._max_payload
         full = any(other.outputs or other.outcome in _DURABLE for other in others)
-        refused: list[Refused] = await self._run("settle", lambda store: store.settle(acks, others, limit), full=full)
-        kept = {one.message for one in refused if one.kind == "rejected"} if refused else ()
-        for message in ended:
-            if message not in kept and held.get(message.token) is message:
-                del held[message.token]
+        refused: list[Refused]
+        try:
+            refused = await self._run("settle", lambda store: store.settle(acks, others, limit), full=full)
+        except TransportError:
+            self._held.update({message.token: message for message in ended if message not in stale})
+            raise
+        self._held.update({one.message.token: one.message for one in refused if one.kind == "rejected"})
         return refused + [Refused(message, "lost") for message in stale] if stale else refused
+
+    def _let_go(self, messages: Sequence[Message[Any]]) -> list[Message[Any]]:
+        """Forget what is being settled; returns those that were settled before and have come again since."""
+        held, stale = self._held, []
+        for message in messages:
+            current = held.pop(message.token, message)
+            if current is not message:
+                held[message.token] = current
+                stale.append(message)
+        return stale
 
     async def suspect(self, message: Message[Any]) -> bool:
         """Write down that the message is suspected, on disk when it returns. False: the message is not ours any more.

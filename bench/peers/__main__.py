@@ -1,0 +1,110 @@
+"""`python -m bench.peers`: measure, show the table, write the rows; exit 1 when one could not be measured."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..child import ROOT, MeasureFailed, pin
+from ..report import machine
+from ..servers import server
+from .environments import python_of
+from .measures import Row, row
+from .report import table, write_docs, write_json
+from .table import PEERS, Peer
+
+RESULTS = ROOT / "bench" / "results" / "peers.json"
+DOCS = ROOT / "docs" / "benchmarks.md"
+QUICK = 0.1  # of the messages
+WIDTH = 130  # of the table in a file
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 when one could not be measured, 2 for wrong usage, 130 after Ctrl-C."""
+    options = _parse(arguments)
+    only = options.only.lower()
+    chosen = [peer for peer in PEERS if only in f"{peer.name} over {peer.broker}".lower()]
+    if not chosen:
+        print(f"no library and broker have {options.only!r} in their names", file=sys.stderr)
+        return 2
+    try:
+        rows = measure_all(chosen, options.rounds, QUICK if options.quick else 1.0)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    console.print(table(rows))
+    write_json(rows, options.json)
+    if options.docs:
+        write_docs(rows, DOCS, options.rounds)
+    failed = [one for one in rows if one.error is not None]
+    for one in failed:
+        print(f"\n{one.error}", file=sys.stderr)
+    print(f"{len(rows)} rows, {len(failed)} failed; medians of {options.rounds}; {machine()}; {options.json}")
+    return 1 if failed else 0
+
+
+def measure_all(peers: Sequence[Peer], rounds: int, scale: float) -> list[Row]:
+    """Measure all, broker by broker, and show how far it is."""
+    rows: list[Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
+        task = progress.add_task("", total=len(peers) * rounds)
+        for broker, those in groupby(peers, lambda peer: peer.broker):
+            some = list(those)
+            for library in dict.fromkeys(peer.library for peer in some):
+                progress.update(task, description=f"installing {library}")
+                with suppress(MeasureFailed):  # its rows say it, they try again
+                    python_of(library)
+            with TemporaryDirectory(prefix="sluiceway-peers-") as folder:
+                try:
+                    with server(broker, Path(folder)) as url:
+                        for peer in some:
+                            progress.update(task, description=f"{peer.name} over {broker}")
+                            rows.append(row(peer, url, rounds, lambda: progress.advance(task), scale=scale))
+                            progress.update(task, completed=len(rows) * rounds)
+                except MeasureFailed as error:
+                    rows += [Row(broker, peer.name, None, 0, peer.settings, str(error)) for peer in some]
+    return rows
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers",
+        description="Measure other libraries and Sluiceway over the same brokers; docs/benchmarks.md says how.",
+        epilog="example: make bench-peers ARGS='--only rabbitmq'",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only those with TEXT in their names: 'arq over redis'"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="measures of each; 3 unless given")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the messages: to see that it runs")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="PATH", help="where the rows go")
+    parser.add_argument("--docs", action="store_true", help="put the figures into docs/benchmarks.md")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    if options.docs and (options.only or options.quick):
+        parser.error("--docs needs all rows in full: leave --only and --quick out")
+    return options
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
+    pin(0)  # the programs have the last core
+    sys.exit(main())
