@@ -33,7 +33,7 @@ async def many(url: str, scale: float) -> dict[str, float]:
     taken = []
     for _ in range(2):
         app = App(url)
-        for number in range(CONSUMERS):
+        for number in range(max(2, int(CONSUMERS * scale))):
 
             @app.consumer(f"many.{number}", name=f"consumer-{number}")
             async def consume(message: Message[bytes]) -> None:

@@ -97,7 +97,10 @@ class Backlog(Struct, frozen=True):
 
 
 class Renewer(Protocol):
-    """Keeps leases alive from a thread that no handler can block. Synchronous, on a connection of its own."""
+    """Keeps leases alive from a thread that no handler can block. Synchronous, on a connection of its own.
+
+    It goes by `message.token`. No two that are in hand have the same one, also where a pipeline has several sources.
+    """
 
     def renew(self, tokens: Sequence[Any]) -> Sequence[Any]:
         """Renew the leases of all tokens in one go; returns those that are lost."""

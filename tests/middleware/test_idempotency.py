@@ -43,6 +43,25 @@ async def test_a_duplicate_of_something_done_is_acked_without_its_handler() -> N
     assert await shop.dead() == []
 
 
+async def test_a_message_that_acked_itself_is_done_also_when_its_handler_fails_then() -> None:
+    handled: list[Any] = []
+
+    async def pay(message: Message[Any]) -> None:
+        handled.append(message.payload)
+        message.publish("paid", message.payload)
+        await message.ack()
+        raise ValueError("of no account")
+
+    shop = shop_of(pay)
+    await shop.run(1)
+    await shop.run(1)
+    assert handled == [1]
+    assert await shop.dead() == []
+    paid = [one.id async for one in shop.transport.browse("paid")]
+    assert len(paid) == 2
+    assert len(set(paid)) == 1  # what it published is published again for the duplicate, under the same id
+
+
 async def test_the_key_is_the_messages_id_unless_given() -> None:
     handled: list[Any] = []
     store = MemoryStore()

@@ -9,6 +9,7 @@ import pytest
 
 from sluiceway import Batch, Message, Pipeline, Retry
 from sluiceway._decisions.suspicion import STEADY
+from sluiceway.message import Refused
 
 from .recording import Broker, running
 
@@ -130,6 +131,28 @@ async def test_a_stop_in_the_quarantine_runs_no_further_suspect() -> None:
         await asyncio.sleep(1)
     assert handled == broker.suspected == broker.acked == ["m1"]
     assert sorted(entry.id for entry in broker.waiting) == ["m2", "m3", "m4"]
+
+
+@pytest.mark.parametrize("suspicion", [ONCE, TWICE])
+async def test_a_stop_does_not_wait_for_the_dead_letter_of_a_suspect_that_the_broker_rejects(suspicion: Any) -> None:
+    broker = Broker()
+    broker.put("1", **suspicion)
+
+    async def reject(acks: Any, others: Any) -> list[Refused]:
+        return [Refused(one.message, "rejected", "too large") for one in others]
+
+    async def handle(message: Message[bytes]) -> None:
+        raise ValueError("bad")
+
+    broker.on_settle = reject
+    pipeline = Pipeline(broker.open, handle, retry=Retry(attempts=1))
+    async with running(pipeline, broker):
+        await asyncio.sleep(STEADY + 1)
+        now = pipeline.stats()
+        assert now is not None
+        assert now.state == "blocked"
+        began = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - began < 1
 
 
 async def test_a_stop_while_suspects_wait_for_what_runs_forever_ends_in_time() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,6 +103,13 @@ class RabbitMQServer(Server):
         path = self.folder / "server.log"
         self._began = len(path.read_text(errors="replace")) if path.exists() else 0
         return super().start()
+
+    def _end(self, number: signal.Signals) -> None:
+        group = self.process.pid if self.process is not None else None
+        super()._end(number)
+        if group is not None:
+            with contextlib.suppress(ProcessLookupError):  # the port mapper outlives a server that ended by itself
+                os.killpg(group, signal.SIGKILL)
 
     def control(self, *arguments: str) -> str:
         """Run `rabbitmqctl`; it takes a second or two."""

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-os.environ["dramatiq_queue_prefetch"] = "100"  # read when it is imported
+os.environ["dramatiq_queue_prefetch"] = "100"  # noqa: SIM112 - its name; read when it is imported
 
 import dramatiq
 from common import BROKER, COUNT, ORDER, TOPIC, URL, seen

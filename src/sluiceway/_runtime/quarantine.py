@@ -160,10 +160,15 @@ class SuspectQuarantine:
         return None
 
     async def _alone_with(self, chosen: Sequence[Message[Any]]) -> None:
-        """Return when nothing is held but `chosen`, and nothing runs: also no handler that has settled early."""
+        """Return when nothing is held but `chosen`, and nothing runs: also no handler that has settled early.
+
+        Or when a drain begins, which waits for what can still end: what the broker rejects may be held for ever.
+        """
         held = self.settler.held
         overdue = self.settler.overdue  # they may never end; nobody waits for such a handler without order either
-        while self.processors.running or len(held) - len(overdue) > sum(message in held for message in chosen):
+        while not self._stopping and (
+            self.processors.running or len(held) - len(overdue) > sum(message in held for message in chosen)
+        ):
             self._changed.clear()
             self.batchers.emit_all("flush")
             await self._changed.wait()

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ...errors import OptionError, RetryLater
-from ...message import Handler, Message, Outgoing, new_id
+from ...message import SETTLED, Handler, Message, Outgoing, new_id
 from .. import ConsumerInfo, refuse_batches
 from .._checks import is_seconds
 from .memory import MemoryStore
@@ -88,14 +88,14 @@ class Idempotency:
             return None
         try:
             value = await call_next(message)
-            if message.error is None and (message.ending is None or message.ending.on_success == "ack"):
-                await held.done(b"" if message.outputs is None else _packed(message.outputs))
-            else:
-                await held.release()
+            await held.ended(message)
         except GeneratorExit:
             raise  # nobody runs us any more: the claim runs out
         except BaseException as error:
-            await held.failed(error)
+            if message.state >= SETTLED and message.error is None:  # it acked itself: what came then is of no account
+                await held.ended(message)
+            else:
+                await held.failed(error)
             raise
         finally:
             held.stop()
@@ -128,6 +128,13 @@ class _Held:
     async def done(self, result: bytes) -> None:
         if not await self._rules.store.done(self.key, self._token, result, self._rules.ttl):
             log.warning("key %r was claimed by another while its handler ran here; it may have run there too", self.key)
+
+    async def ended(self, message: Message[Any]) -> None:
+        """The handler returned, or settled its message: the key is done where that ends with an ack."""
+        if message.error is None and (message.ending is None or message.ending.on_success == "ack"):
+            await self.done(b"" if message.outputs is None else _packed(message.outputs))
+        else:
+            await self.release()
 
     async def failed(self, error: BaseException) -> None:
         """Give the claim up, but not under a thread that runs on: it then lasts until its lease runs out."""

@@ -97,19 +97,23 @@ def open_letter(delivery: Delivery, scope: Any, explained: int = 0) -> Inbound:
     """The message of a delivery. `explained` of its hand-overs ended with a connection of this process, which lives."""
     tag, redelivered, key, properties, body, _ = delivery
     headers: Mapping[Any, Any] = properties.headers or {}
-    id, at = properties.message_id, headers.get(TIME)
-    if len(headers) == 1 and id.__class__ is str and at.__class__ is str and id and not redelivered:  # nearly every one
+    name, at = properties.message_id, headers.get(TIME)
+    if (
+        len(headers) == 1 and name.__class__ is str and at.__class__ is str and name and not redelivered
+    ):  # nearly every one
         timestamp = unseal(headers).timestamp or 0.0
-        return Inbound(Message(key, body, id, timestamp=timestamp, scope=scope, token=tag))
+        return Inbound(Message(key, body, name, timestamp=timestamp, scope=scope, token=tag))
     text = _as_text(headers)
     envelope = unseal(text)
     count = max(_number(text.get("x-delivery-count")), int(redelivered)) - explained
     failures, suspicions = envelope.failures, envelope.suspicions
     base = _number(text.get(BASE)) if BASE in text else failures + suspicions
     alone = _number(text[ALONE]) if ALONE in text else None
-    if alone is not None and count > 0:  # it may have run alone since, and a process died
+    if alone is not None and count > 1:  # it ran alone since, and died: of one death it may have been a neighbour's
         suspicions, alone = alone, None
-        base = failures + suspicions
+        base = failures + suspicions - 1
+    elif alone is not None:
+        count = 0
     deliveries = base + 1 + max(0, count)
     message: Message[Any] = Message(
         text.get(TOPIC, key),

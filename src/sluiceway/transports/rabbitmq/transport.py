@@ -30,8 +30,8 @@ class RabbitMQTransport:
     - `heartbeat`: seconds without a sign of life after which a connection is lost.
     - `timeout`: seconds to wait for a connection, for confirms, and for a broker that takes no messages.
     - `max_payload`: bytes, the most one body may have; the server has its own `max_message_size`.
-    - `ca_file`, `cert_file`, `key_file`: for TLS, in PEM; without `ca_file` those that the system trusts. `server_name`: whom the
-      server's certificate must name, unless that is the host.
+    - `ca_file`, `cert_file`, `key_file`: for TLS, in PEM; without `ca_file` those that the system trusts.
+      `server_name`: whom the server's certificate must name, unless that is the host.
 
     Raises OptionError for a value that is not allowed; the connection is opened by `connect`.
     """
