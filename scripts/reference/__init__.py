@@ -1,4 +1,4 @@
-"""Write the reference pages anew that are made from the code: options, names, commands, the envelope.
+"""Write the pages anew that are made from the code: options, names, commands, the envelope, brokers.
 
 python -m scripts.reference
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from . import api, cli, envelope, options
+from . import api, brokers, cli, envelope, options
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "reference"
 
@@ -17,6 +17,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "api.md": api.page,
     "cli.md": cli.page,
     "envelope.md": envelope.page,
+    "../brokers/index.md": brokers.page,
 }
 """What each page is made by."""
 

@@ -41,13 +41,18 @@ _SCHEMES: dict[str, tuple[str, str]] = {
 
 
 def open_transport(url: str) -> Transport:
-    """The transport of a URL, not yet connected. Raises OptionError for a scheme that is not known."""
+    """The transport of a URL, not yet connected. Raises OptionError for a scheme that is not known, and for a client
+    library that is not installed."""
     scheme = url.partition(":")[0]
     if scheme not in _SCHEMES or "://" not in url:
         known = ", ".join(f"{one}://" for one in sorted(_SCHEMES))
         raise OptionError(f"there is no transport for {_without_password(url)!r}; a URL starts with one of: {known}")
     module, name = _SCHEMES[scheme]
-    made: Transport = getattr(importlib.import_module(module), name).from_url(url)
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise OptionError(f"{scheme}:// needs a client that is not installed: {error}") from error
+    made: Transport = getattr(found, name).from_url(url)
     return made
 
 

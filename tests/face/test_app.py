@@ -123,6 +123,24 @@ def test_an_unknown_url_says_which_there_are_and_never_shows_a_password(url: str
     assert str(caught.value) == f"there is no transport for {shown!r}; a URL starts with one of: {schemes}"
 
 
+@pytest.mark.parametrize(
+    ("scheme", "client"), [("redis", "hiredis"), ("nats", "nats"), ("amqp", "pika"), ("amqps", "pika")]
+)
+def test_a_client_that_is_missing_is_named_with_how_to_install_it(scheme: str, client: str) -> None:
+    code = f"""
+import sys
+sys.modules[{client!r}] = None  # as if it were not installed
+from sluiceway import App, OptionError
+try:
+    App("{scheme}://localhost").transport
+except OptionError as error:
+    print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert told.startswith(f"{scheme}:// needs a client that is not installed: the ")
+    assert "pip install 'sluiceway[" in told
+
+
 def test_another_broker_can_be_chosen_until_it_is_connected() -> None:
     made = App("sqlite:///elsewhere.db")
     made.use("memory://")

@@ -245,6 +245,7 @@ async def test_a_cancel_of_run_drains_and_a_second_one_closes_at_once() -> None:
         assert slow.transport.held("default") == 0
         assert (now() - before > 10) == (cancels == 1)
         assert len(slow.done) == (2 if cancels == 1 else 0)
+        assert {one.state for one in slow.app.manager.stats()} == {"stopped"}
 
 
 async def test_a_stop_in_the_very_turn_of_the_start_closes_the_source() -> None:

@@ -87,15 +87,18 @@ class Supervisor:
 
     async def run(self) -> None:
         """Run until `stop()`. Raises PipelineFailed when it crashes more often than the restart rule allows."""
-        while not self._stopping.is_set():
-            try:
-                await self._run_once()
-            except OptionError:
-                self._state = "failed"
-                raise
-            except Exception as error:
-                await self._crashed(error)
-        self._state = "stopped"
+        try:
+            while not self._stopping.is_set():
+                try:
+                    await self._run_once()
+                except OptionError:
+                    self._state = "failed"
+                    raise
+                except Exception as error:
+                    await self._crashed(error)
+        finally:
+            if self._state != "failed":
+                self._state = "stopped"
 
     async def opened(self, running: asyncio.Task[None]) -> None:
         """Return when a source was open once. Raises what `running`, the task of `run`, raised before that."""
