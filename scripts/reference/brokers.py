@@ -8,9 +8,9 @@ from sluiceway.transport import Features
 HEAD = """\
 # Brokers
 
-The broker is named by a URL: `App("redis://localhost")`, or `sluiceway run shop:app --url redis://localhost`. Without one
-it is SQLite in the working folder. The consumers stay the same; what a broker cannot give is refused at start, where an
-option needs it. Made from the code by `make docs`.
+The broker is named by a URL: `App("redis://localhost")`. Without one it is SQLite in the working folder. The consumers
+stay the same; what a broker cannot give is refused at start, where an option needs it. Made from the code by
+`make docs`. Why which client library is used, with the measurements: [clients](../reference/clients.md).
 
 """
 
@@ -50,8 +50,8 @@ def page() -> str:
         lines.append(f"| `{feature}`: {MEANINGS[feature]} | {cells} |\n")
     lines.append(
         "\nWhich guarantee was shown on which of them is [told by the tests](../reference/guarantees.md); what happens "
-        "when servers\nand connections fail, [by the fault matrix](../reference/faults.md). `compose.yaml` starts all of "
-        "them: `docker compose up -d --wait`.\n"
+        "when servers\nand connections fail, [by the fault matrix](../reference/faults.md). `compose.yaml` starts all "
+        "of them:\n`docker compose up -d --wait`.\n"
     )
     return "".join(lines)
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, Unpack
 
+from .address import without_secrets
 from .codec import encode
 from .consumer import ConsumerDecorator, ConsumerDef, consumer, definition
 from .errors import AppError, OptionError
@@ -46,7 +47,7 @@ def open_transport(url: str) -> Transport:
     scheme = url.partition(":")[0]
     if scheme not in _SCHEMES or "://" not in url:
         known = ", ".join(f"{one}://" for one in sorted(_SCHEMES))
-        raise OptionError(f"there is no transport for {_without_password(url)!r}; a URL starts with one of: {known}")
+        raise OptionError(f"there is no transport for {without_secrets(url)!r}; a URL starts with one of: {known}")
     module, name = _SCHEMES[scheme]
     try:
         found = importlib.import_module(module)
@@ -128,7 +129,7 @@ class App:
     @property
     def broker(self) -> str:
         """The broker as it may be shown: its URL without the password; a transport's class where no URL was given."""
-        return type(self.transport).__name__ if self.url is None else _without_password(self.url)
+        return type(self.transport).__name__ if self.url is None else without_secrets(self.url)
 
     # -- declaring -----------------------------------------------------------------------------------------------
 
@@ -344,11 +345,3 @@ def _check(name: str, value: object, allowed: bool, what: str) -> None:
 
 def _is_entered(lifespan: object) -> bool:
     return callable(lifespan) and not inspect.isasyncgenfunction(lifespan)
-
-
-def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    if not at:
-        return url
-    scheme, _, user = head.partition("://")
-    return f"{scheme}://{user.partition(':')[0]}:***@{tail}"

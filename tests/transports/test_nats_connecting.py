@@ -85,7 +85,7 @@ async def test_one_of_several_servers_is_enough(locked_server: NATSServer) -> No
 
 
 async def test_tls_with_a_client_certificate_and_a_token(tls_server: NATSServer, certificates: Certificates) -> None:
-    files = f"ca={certificates.authority}&certificate={certificates.client}&key={certificates.client_key}"
+    files = f"ca_file={certificates.authority}&cert_file={certificates.client}&key_file={certificates.client_key}"
     transport = NATSTransport.from_url(f"tls://s3cret@localhost:{tls_server.port}?{files}")
     await transport.connect()
     source = await subscribe(transport, "t")
@@ -102,7 +102,7 @@ async def test_tls_with_a_client_certificate_and_a_token(tls_server: NATSServer,
 async def test_a_server_that_another_authority_signed_is_refused(
     tls_server: NATSServer, certificates: Certificates
 ) -> None:
-    assert "TLS" in await refused(f"tls://s3cret@localhost:{tls_server.port}?ca={certificates.stranger}")
+    assert "TLS" in await refused(f"tls://s3cret@localhost:{tls_server.port}?ca_file={certificates.stranger}")
 
 
 async def test_a_server_without_tls_is_refused_before_it_hears_the_password(certificates: Certificates) -> None:
@@ -115,7 +115,7 @@ async def test_a_server_without_tls_is_refused_before_it_hears_the_password(cert
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    assert "no TLS" in await refused(f"tls://ada:pa55word@127.0.0.1:{port}?ca={certificates.authority}")
+    assert "no TLS" in await refused(f"tls://ada:pa55word@127.0.0.1:{port}?ca_file={certificates.authority}")
     server.close()
     await server.wait_closed()
     assert b"pa55word" not in heard
@@ -127,7 +127,7 @@ async def test_a_server_without_jetstream_is_refused_with_what_to_do(tmp_path: P
 
 
 async def test_files_that_cannot_be_read_are_named() -> None:
-    assert "/no/such/ca.pem" in await refused("nats://127.0.0.1:1?ca=/no/such/ca.pem")
+    assert "/no/such/ca.pem" in await refused("nats://127.0.0.1:1?ca_file=/no/such/ca.pem")
 
 
 async def test_a_missing_package_for_key_files_is_named(locked_server: NATSServer, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ async def test_a_missing_package_for_key_files_is_named(locked_server: NATSServe
         ("nats://h?lease=0", "0.1 to 86400"),
         ("nats://h?stream=a.b", "stream"),
         ("nats://h?password=x", "no option 'password'"),
-        ("nats://h?key=k.pem", "together with certificate"),
+        ("nats://h?key_file=k.pem", "together with cert_file"),
         ("nats://h/path", "nats://host"),
         ("nats://", "nats://host"),
         ("nats://h:port", "host:port"),

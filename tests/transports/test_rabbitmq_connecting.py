@@ -43,7 +43,7 @@ async def refused(url: str) -> str:
     ("url", "said"),
     [
         ("amqp://h/?heartbeet=5", "did you mean 'heartbeat'"),
-        ("amqp://h/?heartbeat=often", "must be a number, got 'often'"),
+        ("amqp://h/?heartbeat=often", "must be a whole number, got 'often'"),
         ("amqp://h/?declare=maybe", "must be yes or no, got 'maybe'"),
         ("amqp://h/?timeout=0", "more than 0 seconds"),
         ("amqp://h/?queue_type=mirrored", "'quorum' or 'classic'"),

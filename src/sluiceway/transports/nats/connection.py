@@ -200,7 +200,7 @@ class Connection:
         if isinstance(error, AuthorizationError) or "uthorization" in text:
             return ConnectError(f"NATS at {where} refused the credentials; check user and password, token or key file")
         if isinstance(error, ssl.SSLError):
-            return ConnectError(f"TLS with NATS at {where} failed: {text}; check ca, certificate and server_name")
+            return ConnectError(f"TLS with NATS at {where} failed: {text}; check ca_file, cert_file and server_name")
         if isinstance(error, (ConnectionResetError, BrokenPipeError)):
             return ConnectError(
                 f"NATS at {where} closed the connection at once ({text}); check the credentials and TLS"
@@ -209,7 +209,7 @@ class Connection:
             return ConnectError(f"credentials and nkey need one more package ({error}): pip install nkeys")
         if "offers no TLS" in text:
             return ConnectError(
-                f"NATS at {where} offers no TLS; use nats:// without ca and certificate, or turn TLS on"
+                f"NATS at {where} offers no TLS; use nats:// without ca_file and cert_file, or turn TLS on"
             )
         return ConnectError(f"cannot reach NATS at {where}: {text}; is the server running there?")
 

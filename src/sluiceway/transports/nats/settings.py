@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import ssl
-from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from msgspec import Struct
 from msgspec.structs import fields
 
-from ...errors import ConnectError, OptionError
+from ...address import TLS, Convert, url_options, without_secrets
+from ...errors import OptionError
 
 _SECRET = ("password", "token")
 
@@ -27,9 +25,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     token: str | None = None
     credentials: str | None = None
     nkey: str | None = None
-    ca: str | None = None
-    certificate: str | None = None
-    key: str | None = None
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
     server_name: str | None = None
     stream: str = "sluiceway"
     replicas: int = 1
@@ -45,7 +43,7 @@ class Settings(Struct, frozen=True, kw_only=True):
             ("max_age", 0 <= self.max_age < math.inf, "0 (for ever) or more seconds"),
             ("lease", 0.1 <= self.lease <= 86_400, "0.1 to 86400 seconds"),
             ("max_delayed", self.max_delayed >= 1, "1 or more messages"),
-            ("key", self.key is None or self.certificate is not None, "given together with certificate"),
+            ("key_file", self.key_file is None or self.cert_file is not None, "given together with cert_file"),
         ):
             if not allowed:
                 raise OptionError(f"NATSTransport: {name} must be {what}; got {getattr(self, name)!r}")
@@ -57,7 +55,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     @property
     def encrypted(self) -> bool:
         """Whether a server without TLS is refused."""
-        return self.tls or bool(self.ca or self.certificate)
+        return self.tls or bool(self.ca_file or self.cert_file)
 
     def where(self) -> str:
         return ", ".join(self.servers)
@@ -79,20 +77,17 @@ class Settings(Struct, frozen=True, kw_only=True):
             "ping_interval": 20,
         }
         if self.encrypted:
-            try:
-                options["tls"] = ssl.create_default_context(cafile=self.ca)
-                if self.certificate is not None:
-                    options["tls"].load_cert_chain(self.certificate, self.key)
-            except (OSError, ssl.SSLError) as error:
-                names = [name for name in (self.ca, self.certificate, self.key) if name]
-                raise ConnectError(
-                    f"cannot read the TLS files {', '.join(names) or 'of the system'}: {error}"
-                ) from error
+            files = TLS(self.ca_file, self.cert_file, self.key_file, self.server_name)
+            options["tls"] = files.context(self.where())
         return options
 
 
-_NUMBERS: dict[str, Callable[[str], float]] = {"replicas": int, "max_age": float, "lease": float, "max_delayed": int}
-_URL_OPTIONS = {field.name for field in fields(Settings)} - {"servers", "tls", "user", *_SECRET}
+_NUMBERS: dict[str, Convert] = {"replicas": int, "max_age": float, "lease": float, "max_delayed": int}
+_URL_OPTIONS: dict[str, Convert] = {
+    field.name: _NUMBERS.get(field.name, str)
+    for field in fields(Settings)
+    if field.name not in ("servers", "tls", "user", *_SECRET)
+}
 
 
 def from_url(url: str) -> dict[str, Any]:
@@ -100,7 +95,9 @@ def from_url(url: str) -> dict[str, Any]:
     parts = urlsplit(url)
     secret, _, hosts = parts.netloc.rpartition("@")
     if parts.scheme not in ("nats", "tls") or not hosts or parts.path.strip("/") or parts.fragment:
-        raise OptionError(f"a NATS URL is nats://host:4222,other:4222?option=value (or tls://…); got {_safe(url)!r}")
+        raise OptionError(
+            f"a NATS URL is nats://host:4222,other:4222?option=value (or tls://…); got {without_secrets(url)!r}"
+        )
     options: dict[str, Any] = {"tls": parts.scheme == "tls", "servers": tuple(map(_server, hosts.split(",")))}
     if secret:
         user, colon, password = secret.partition(":")
@@ -108,9 +105,7 @@ def from_url(url: str) -> dict[str, Any]:
             options.update(user=unquote(user), password=unquote(password))
         else:
             options["token"] = unquote(user)
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        options[name] = _url_option(name, value)
-    return options
+    return options | url_options("a nats URL", parts.query, _URL_OPTIONS)
 
 
 def _server(host: str) -> str:
@@ -120,19 +115,3 @@ def _server(host: str) -> str:
     if not name or not port.isascii() or not port.isdigit():
         raise OptionError(f"a NATS URL names hosts as host or host:port; got {host!r}")
     return host
-
-
-def _url_option(name: str, value: str) -> Any:
-    if name not in _URL_OPTIONS:
-        near = get_close_matches(name, _URL_OPTIONS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(_URL_OPTIONS))}"
-        raise OptionError(f"a nats URL has no option {name!r}; {hint}")
-    try:
-        return _NUMBERS.get(name, str)(value)
-    except ValueError:
-        raise OptionError(f"the option {name!r} of a nats URL must be a number, got {value!r}") from None
-
-
-def _safe(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    return f"{head.partition('://')[0]}://***@{tail}" if at else url

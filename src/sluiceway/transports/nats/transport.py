@@ -28,8 +28,8 @@ class NATSTransport:
     """NATS JetStream, 2.9 or newer.
 
     - `servers`: one `host:port` or several.
-    - `tls`: refuse servers without TLS. `ca`, `certificate` and `key` are PEM files, and mean the same; `server_name`
-      is the name that the server's certificate must have.
+    - `tls`: refuse servers without TLS. `ca_file`, `cert_file` and `key_file` are PEM files, and mean the same;
+      `server_name` is the name that the server's certificate must have.
     - `user` and `password`, or `token`, or `credentials` (a .creds file), or `nkey` (a file with a seed).
     - `stream`: gets the topics that no stream has; made when it is not there, with `replicas` and `max_age` (seconds
       that it keeps messages, handled or not; 0: for ever).

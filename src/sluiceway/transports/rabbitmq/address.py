@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import ssl
-from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any, Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pika
 from msgspec import Struct
 
-from ...errors import ConnectError, OptionError
+from ...address import TLS, TLS_OPTIONS, Convert, url_options, yes_or_no
+from ...errors import OptionError
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -42,28 +40,15 @@ class Options(Struct, frozen=True, kw_only=True):
                 raise OptionError(f"RabbitMQTransport: {name} must be {what}, got {getattr(self, name)!r}")
 
 
+_URL_OPTIONS: dict[str, Convert] = {
+    "exchange": str, "queue_type": str, "declare": yes_or_no, "heartbeat": int, "timeout": float, "max_payload": int,
+    **TLS_OPTIONS,
+}  # fmt: skip
+
+
 def options_of(url: str) -> dict[str, Any]:
     """The options in a URL. Raises OptionError that says what is wrong with one."""
-    known: dict[str, Callable[[str], Any]] = dict.fromkeys(Options.__struct_fields__, str)
-    known |= {"declare": _yes_or_no, "heartbeat": int, "timeout": float, "max_payload": int}
-    found = {}
-    for name, value in parse_qsl(urlsplit(url).query, keep_blank_values=True):
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise OptionError(f"an amqp URL has no option {name!r}; {hint}")
-        try:
-            found[name] = known[name](value)
-        except ValueError as error:
-            what = "yes or no" if name == "declare" else "a number"
-            raise OptionError(f"the option {name!r} of an amqp URL must be {what}, got {value!r}") from error
-    return found
-
-
-def _yes_or_no(value: str) -> bool:
-    if value not in ("yes", "no"):
-        raise ValueError(value)
-    return value == "yes"
+    return url_options("an amqp URL", urlsplit(url).query, _URL_OPTIONS)
 
 
 class Address(Struct, frozen=True):
@@ -114,11 +99,5 @@ def address_of(url: str, options: Options) -> Address:
 
 
 def _tls(host: str, options: Options) -> pika.SSLOptions:
-    try:
-        context = ssl.create_default_context(cafile=options.ca_file)
-        if options.cert_file is not None:
-            context.load_cert_chain(options.cert_file, options.key_file)
-    except (OSError, ssl.SSLError) as error:
-        files = ", ".join(name for name in (options.ca_file, options.cert_file, options.key_file) if name)
-        raise ConnectError(f"cannot read the TLS files ({files}): {error}") from error
-    return pika.SSLOptions(context, options.server_name or host)
+    files = TLS(options.ca_file, options.cert_file, options.key_file, options.server_name)
+    return pika.SSLOptions(files.context(host), options.server_name or host)

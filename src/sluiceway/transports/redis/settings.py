@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import ssl
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from msgspec import Struct
 
-from ...errors import ConnectError, OptionError
+from ...address import TLS, TLS_OPTIONS, Convert, url_options
+from ...errors import OptionError
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -22,11 +21,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     user: str | None = None
     password: str | None = None
     db: int = 0
-    tls: bool = False
-    ca_file: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
-    server_name: str | None = None
+    tls: TLS | None = None
 
     def __repr__(self) -> str:
         return f"Settings({self.name})"
@@ -35,25 +30,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """The server as it may be shown."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'rediss' if self.tls else 'redis'}://{host}:{self.port}/{self.db}"
-
-    def tls_context(self) -> ssl.SSLContext | None:
-        """None without TLS. Raises ConnectError for a file that cannot be read."""
-        if not self.tls:
-            return None
-        try:
-            context = ssl.create_default_context(cafile=self.ca_file)
-            if self.cert_file is not None:
-                context.load_cert_chain(self.cert_file, self.key_file)
-        except (OSError, ssl.SSLError) as error:
-            files = ", ".join(filter(None, (self.ca_file, self.cert_file, self.key_file)))
-            raise ConnectError(f"cannot use the TLS files {files} for {self.name}: {error}") from error
-        return context
+        return f"{'redis' if self.tls is None else 'rediss'}://{host}:{self.port}/{self.db}"
 
 
-OPTIONS: dict[str, Callable[[str], Any]] = {
-    "lease": float, "max_payload": int, "retention": float, "prefix": str, "replicas": int,
-    "ca_file": str, "cert_file": str, "key_file": str, "server_name": str,
+OPTIONS: dict[str, Convert] = {
+    "lease": float, "max_payload": int, "retention": float, "prefix": str, "replicas": int, **TLS_OPTIONS
 }  # fmt: skip
 
 
@@ -68,31 +49,15 @@ def parse(url: str) -> tuple[Settings, dict[str, Any]]:
         raise OptionError(f"{what} ({error})") from None
     if parts.scheme not in ("redis", "rediss") or parts.fragment or db < 0:
         raise OptionError(what)
-    options: dict[str, Any] = {}
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        options[name] = _option(name, value)
-    names = ("ca_file", "cert_file", "key_file", "server_name")
-    tls = {name: options.pop(name) for name in names if name in options}
+    options = url_options("a redis URL", parts.query, OPTIONS)
+    tls = TLS(**{name: options.pop(name) for name in TLS_OPTIONS if name in options})
     if tls and parts.scheme == "redis":
-        raise OptionError(f"the option {next(iter(tls))!r} of a redis URL needs TLS: write rediss://")
-    if "key_file" in tls and "cert_file" not in tls:
-        raise OptionError("the option 'key_file' of a redis URL needs 'cert_file' too")
+        raise OptionError("ca_file, cert_file, key_file and server_name of a redis URL need TLS: write rediss://")
+    tls.check("a redis URL")
     user, password = (unquote(one) if one else None for one in (parts.username, parts.password))
     host = parts.hostname or "localhost"
-    made = Settings(host=host, port=port, user=user, password=password, db=db, tls=parts.scheme == "rediss", **tls)
-    return made, options
-
-
-def _option(name: str, value: str) -> Any:
-    convert = OPTIONS.get(name)
-    if convert is None:
-        near = get_close_matches(name, OPTIONS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OPTIONS)}"
-        raise OptionError(f"a redis URL has no option {name!r}; {hint}")
-    try:
-        return convert(value)
-    except ValueError:
-        raise OptionError(f"the option {name!r} of a redis URL must be a number, got {value!r}") from None
+    encrypted = tls if parts.scheme == "rediss" else None
+    return Settings(host=host, port=port, user=user, password=password, db=db, tls=encrypted), options
 
 
 def check(options: dict[str, Any]) -> None:

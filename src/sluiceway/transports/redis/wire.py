@@ -149,8 +149,9 @@ async def connect(settings: Settings) -> Wire:
     name = settings.name
     try:
         async with asyncio.timeout(CONNECT):
-            context = await asyncio.to_thread(settings.tls_context) if settings.tls else None
-            server_name = (settings.server_name or settings.host) if context else None
+            tls = settings.tls
+            context = None if tls is None else await asyncio.to_thread(tls.context, name)
+            server_name = None if tls is None else tls.server_name or settings.host
             _, wire = await asyncio.get_running_loop().create_connection(
                 lambda: Wire(name), settings.host, settings.port, ssl=context, server_hostname=server_name
             )
@@ -160,7 +161,7 @@ async def connect(settings: Settings) -> Wire:
     except ssl.SSLError as error:
         raise ConnectError(f"no TLS with {name}: {error.reason}; without TLS its URL is redis://") from error
     except TimeoutError:
-        hint = ", or it speaks no TLS: without TLS its URL is redis://" if settings.tls else ""
+        hint = ", or it speaks no TLS: without TLS its URL is redis://" if tls is not None else ""
         raise ConnectError(f"{name} does not answer within {CONNECT:g} s; check host and port{hint}") from None
     except OSError as error:
         raise ConnectError(f"cannot reach {name}: {error}; check that it runs, host and port") from error
@@ -169,7 +170,7 @@ async def connect(settings: Settings) -> Wire:
     except BaseException as error:
         wire.abort("not let in")
         if isinstance(error, TransportError) and not isinstance(error, ConnectError):
-            hint = "" if settings.tls else "; if it wants TLS its URL is rediss://"
+            hint = "" if tls is not None else "; if it wants TLS its URL is rediss://"
             raise ConnectError(f"{error}{hint}") from error
         raise
     return wire

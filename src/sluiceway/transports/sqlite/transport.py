@@ -6,13 +6,13 @@ import asyncio
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from difflib import get_close_matches
 from typing import Any, Self
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import apsw
 
 from ..._decisions.topics import check_topic
+from ...address import Convert, url_options
 from ...errors import OptionError, PayloadTooLarge, PublishError, TransportError
 from ...message import Outgoing, Stored
 from ...source import Subscription
@@ -87,10 +87,7 @@ class SQLiteTransport:
         parts = urlsplit(url)
         if parts.scheme != "sqlite" or parts.netloc or len(parts.path) < 2 or parts.fragment:
             raise OptionError(f"{url!r} names no SQLite file; write sqlite:///relative.db or sqlite:////absolute.db")
-        options: dict[str, Any] = {}
-        for name, value in parse_qsl(parts.query, keep_blank_values=True):
-            options[name] = _url_option(name, value)
-        return cls(unquote(parts.path[1:]), **options)
+        return cls(unquote(parts.path[1:]), **url_options("a sqlite URL", parts.query, _URL_OPTIONS))
 
     async def connect(self) -> None:
         """Open the database, and make it when it is not there. Idempotent.
@@ -247,16 +244,4 @@ def _check(name: str, value: object, allowed: bool, what: str) -> None:
         raise OptionError(f"SQLiteTransport: {name} must be {what}, got {value!r}")
 
 
-_URL_OPTIONS: dict[str, Callable[[str], float]] = {"lease": float, "max_payload": int, "busy_timeout": float}
-
-
-def _url_option(name: str, value: str) -> float:
-    convert = _URL_OPTIONS.get(name)
-    if convert is None:
-        near = get_close_matches(name, _URL_OPTIONS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_URL_OPTIONS)}"
-        raise OptionError(f"a sqlite URL has no option {name!r}; {hint}")
-    try:
-        return convert(value)
-    except ValueError:
-        raise OptionError(f"the option {name!r} of a sqlite URL must be a number, got {value!r}") from None
+_URL_OPTIONS: dict[str, Convert] = {"lease": float, "max_payload": int, "busy_timeout": float}

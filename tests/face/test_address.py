@@ -1,0 +1,59 @@
+"""What URLs of brokers have in common."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sluiceway import ConnectError, OptionError
+from sluiceway.address import TLS, url_options, without_secrets, yes_or_no
+
+KNOWN = {"lease": float, "window": int, "declare": yes_or_no, "prefix": str}
+
+
+def test_options_of_a_url_are_converted() -> None:
+    found = url_options("a URL", "lease=0.5&window=7&declare=no&prefix=a%2Fb", KNOWN)
+    assert found == {"lease": 0.5, "window": 7, "declare": False, "prefix": "a/b"}
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ("leese=1", "a URL has no option 'leese'; did you mean 'lease'?"),
+        ("zzz=1", "a URL has no option 'zzz'; there are lease, window, declare, prefix"),
+        ("lease=soon", "the option 'lease' of a URL must be a number, got 'soon'"),
+        ("window=1.5", "the option 'window' of a URL must be a whole number, got '1.5'"),
+        ("declare=maybe", "the option 'declare' of a URL must be yes or no, got 'maybe'"),
+    ],
+)
+def test_a_wrong_option_is_an_error_that_says_what_is_right(query: str, text: str) -> None:
+    with pytest.raises(OptionError, match=f"^{re.escape(text)}$"):
+        url_options("a URL", query, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://host/1", "redis://host/1"),
+        ("redis://ada:s3cret@host/1", "redis://ada:***@host/1"),
+        ("redis://:s3cret@host", "redis://:***@host"),
+        ("nats://s3cret@host", "nats://***@host"),
+        ("amqp://ada:s3@cret@host", "amqp://ada:***@host"),
+    ],
+)
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
+
+
+def test_a_key_needs_its_certificate() -> None:
+    with pytest.raises(OptionError, match="key_file must be given together with cert_file"):
+        TLS(key_file="key.pem").check("a URL")
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("nonsense")
+    for name in ("missing.pem", "ca.pem"):
+        with pytest.raises(ConnectError, match=rf"cannot use the TLS files \(.*{name}\) for redis://h: "):
+            TLS(ca_file=str(tmp_path / name)).context("redis://h")
