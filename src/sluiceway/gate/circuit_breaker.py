@@ -51,7 +51,7 @@ class CircuitBreaker:
         on: type[BaseException] | tuple[type[BaseException], ...] = Exception,
         on_state: Callable[[CircuitBreaker], None] | None = None,
     ) -> None:
-        _check(name, "name", name, isinstance(name, str) and bool(name), "a non-empty string")
+        _check(name, "name", name, _is_name(name), "a non-empty string")
         _check(name, "failures", failures, _is_count(failures), "a whole number, 1 or more")
         _check(name, "within", within, _is_seconds(within), "seconds, more than 0")
         _check(name, "reset_after", reset_after, _is_seconds(reset_after), "seconds, more than 0")
@@ -112,6 +112,10 @@ class CircuitBreaker:
 def _check(name: str, option: str, value: Any, allowed: bool, what: str) -> None:
     if not allowed:
         raise OptionError(f"CircuitBreaker {name!r}: {option} must be {what}; got {value!r}")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _is_count(value: Any) -> bool:

@@ -158,13 +158,14 @@ class Connection:
             errors.append(error)
             log.debug("nats: %s", error)
 
-        async def on_closed() -> None:
-            self._lost(str(client.last_error or (errors[-1] if errors else "the server closed the connection")))
+        def on_silence() -> None:
+            if client is self._client:
+                self._lost(str(client.last_error or (errors[-1] if errors else "the server closed the connection")))
 
         client = WireClient(self._on_frames, must_encrypt=self.settings.encrypted)
         options = self.settings.connect_options()
         try:
-            await client.connect(**options, error_cb=on_error, closed_cb=on_closed, name="sluiceway")
+            await client.connect(**options, error_cb=on_error, name="sluiceway")
         except Exception as error:
             await _abandon(client)
             raise self._explained(errors[-1] if errors else error) from error
@@ -173,6 +174,7 @@ class Connection:
         self.handlers = {b"r": self._on_answers}
         self._down.clear()
         self.up.set()
+        client.on_silence(on_silence)
         self.write(f"SUB {self.inbox}.r.* r\r\n".encode())
         try:
             await self._check(client)
@@ -234,6 +236,8 @@ class Connection:
             delay = reconnect_delay(tries, random.random())
             log.warning("the connection to NATS is lost: %s; trying again in %.2f s", self.error, delay)
             await asyncio.sleep(delay)
+            if self._client is not None:
+                await _abandon(self._client)
             tries += 1
             try:
                 await self._connect()

@@ -6,7 +6,7 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -15,7 +15,7 @@ from ..._decisions.suspicion import suspicions_now
 from ...errors import PayloadTooLarge, TransportError
 from ...message import Message, Refused, Settlement
 from .connection import ApiError, Connection, Request, Unanswered, read_answer, status
-from .consumers import Consumer
+from .consumers import Consumer, Consumers
 from .headers import Delivery, Note, read_delivery
 from .publishing import Publisher
 from .renewer import Leases, Token
@@ -41,6 +41,7 @@ class Hand:
         self.consumers: Sequence[Consumer] = ()
         self._connection = connection
         self._publisher = publisher
+        self._made = Consumers(connection)
         self._on_gone = on_gone
 
     async def settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> Sequence[Refused]:
@@ -60,11 +61,11 @@ class Hand:
             ended += [one.message.token for one in others if one.outcome in ("ack", "dead_letter")]
             back = [one for one in others if one.outcome not in ("ack", "dead_letter")]
             naks = await self._write_notes(back, refused)
-        lost = await self._end(ended, naks)
-        if lost:
-            messages = [*acks, *[other.message for other in others]]
-            gone = [one for one in messages if one.token[0] in lost]
-            refused += [Refused(message, "lost", "its consumer was deleted") for message in gone]
+        gone = await self._end(ended, naks)
+        if gone:
+            for message in [*acks, *[other.message for other in others]]:
+                if _path(message.token[0]) in gone:
+                    refused.append(Refused(message, "lost", "its consumer was deleted"))
         return refused
 
     def _ours(self, messages: Sequence[Message[Any]], refused: list[Refused]) -> list[Message[Any]]:
@@ -138,23 +139,20 @@ class Hand:
                 raise TransportError(f"cannot write notes of what goes back: {why}")
 
     async def _end(self, ended: Sequence[Token], naks: Sequence[tuple[Token, bytes]]) -> set[bytes]:
-        """Ack and nak; returns those whose consumer is gone."""
+        """Ack and nak; returns the paths of consumers that are gone."""
         last: dict[bytes, bytes] = {}
         if len(self.consumers) == 1 and ended:
             last[b""] = ended[-1][0]
         else:
             for reply, _ in ended:
-                last[reply.rsplit(b".", 5)[0]] = reply
+                last[_path(reply)] = reply
         confirmed = set(last.values())
         before = b"".join([b"PUB %b 0\r\n\r\n" % reply for reply, _ in ended if reply not in confirmed])
         requests = [(reply.decode(), b"", b"+ACK") for reply in confirmed]
         requests += [(token[0].decode(), b"", body) for token, body in naks]
         answers = await self._connection.ask(requests, before=before)
-        gone = {request[0].encode() for request, answer in zip(requests, answers, strict=True) if status(answer) == 503}
-        if gone:
-            paths = {reply.rsplit(b".", 5)[0] for reply in gone}
-            gone |= {reply for reply, _ in ended if reply.rsplit(b".", 5)[0] in paths}
-            self._on_gone()
+        unheard = [request[0].encode() for request, answer in zip(requests, answers, strict=True) if status(answer)]
+        gone = await self._look_for({_path(reply): reply for reply in unheard})
         held = self.held
         for token in ended:
             held.pop(token, None)
@@ -162,6 +160,19 @@ class Hand:
             await self._drop_notes([token for token in ended if token in self.noted])
         for token, _ in naks:
             self.forget(token)
+        return gone
+
+    async def _look_for(self, unheard: Mapping[bytes, bytes]) -> set[bytes]:
+        """Which of the paths where nobody took an ack lead to a consumer that was deleted. Raises TransportError when
+        one is there, or the server does not say: it goes, comes, or has another leader."""
+        gone: set[bytes] = set()
+        for path, reply in unheard.items():
+            delivery = read_delivery(reply)
+            if await self._made.find(delivery.stream, delivery.consumer) is not None:
+                raise TransportError(f"NATS takes no acks for {delivery.consumer!r} just now")
+            gone.add(path)
+        if gone:
+            self._on_gone()
         return gone
 
     async def _drop_notes(self, tokens: Sequence[Token]) -> None:
@@ -196,6 +207,12 @@ class Hand:
         body = [json.dumps({"last_by_subj": _note_subject(one)}).encode() for one in deliveries]
         answers = await self._connection.ask([(f"$JS.API.STREAM.MSG.GET.{NOTES}", b"", one) for one in body])
         return [_read_note(answer) for answer in answers]
+
+
+def _path(reply: bytes) -> bytes:
+    """Which consumer an ack subject is of: all but the last five words. Some servers add one more, which does no harm:
+    it is the same for all of a connection."""
+    return reply.rsplit(b".", 5)[0]
 
 
 def _note_subject(delivery: Delivery) -> str:

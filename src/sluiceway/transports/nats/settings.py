@@ -74,7 +74,7 @@ class Settings(Struct, frozen=True, kw_only=True):
             "max_reconnect_attempts": 1,
             "reconnect_time_wait": 0,
             "connect_timeout": 5,
-            "ping_interval": 20,
+            "ping_interval": 5,  # a connection that is dead without a word is noticed in 15 s
         }
         if self.encrypted:
             files = TLS(self.ca_file, self.cert_file, self.key_file, self.server_name)

@@ -8,6 +8,7 @@ docs/reference/clients.md.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,18 @@ class WireClient(Client):
         if self._must_encrypt and not self._server_info.get("tls_required"):
             raise Error("nats: the server offers no TLS")
         return super()._connect_command()
+
+    async def _process_pong(self) -> None:
+        """Pass over a PONG that nobody waits for any more, at which nats-py raises, stops reading and closes nothing."""
+        pongs: Any = self._pongs
+        if pongs and pongs[0].done():
+            pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
+    def on_silence(self, call: Callable[[], None]) -> None:
+        """Have `call` called when it reads no more, for whatever reason."""
+        reading: Any = self._reading_task
+        reading.add_done_callback(lambda _: call())
 
     def write(self, data: bytes) -> None:
         """Write now, behind what the client has yet to write."""

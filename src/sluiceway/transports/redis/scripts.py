@@ -1,155 +1,14 @@
-"""What must happen in one step at the server, in Lua. Times are the server's, in milliseconds.
-
-Keys of a group on a topic, in this order (see keys.py): the topic's stream, the retry stream, `due` (a sorted set of
-what waits for its time: "1<id>" and "2<id>" for entries of the two streams that stay pending, "c<fields>" for copies),
-`leases` (a sorted set of consumers), `suspicions` (a hash), `floor` (a string), and the topic's own `due`.
-"""
+"""What else must happen in one step at the server. The keys are those of lua.py."""
 
 from __future__ import annotations
 
-import hashlib
-
-from msgspec import Struct
-
-FREE = "sluiceway:free"  # the consumer of what was handed back
-LATER = "sluiceway:later"  # and of what was handed back until it is due
-
-
-class Script(Struct, frozen=True):
-    """One script; `what` it does, for errors."""
-
-    what: str
-    text: str
-    sha: str
-
-
-def _script(what: str, text: str) -> Script:
-    text = _COMMON + text
-    return Script(what, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
-
-
-_COMMON = f"""
-local call, FREE, LATER = redis.call, '{FREE}', '{LATER}'
-local t = call('TIME')
-local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local function list(packed)
-  local found, at = {{}}, 1
-  while at <= #packed do found[#found + 1], at = struct.unpack('>I4c0', packed, at) end
-  return found
-end
-local function ring(retry)
-  call('XADD', retry, '*', 'bell', '1')
-end
-local function finish(stream, group, id, own)
-  call('XACK', stream, group, id)
-  if own then call('XDEL', stream, id) end
-end
-local function wait(due, score, member, bell, head)
-  call('ZADD', due, score, member)
-  if call('ZRANK', due, member) > 0 then return end
-  if head == '' then return ring(bell) end
-  local groups = redis.pcall('XINFO', 'GROUPS', bell)
-  for _, info in ipairs(groups.err and {{}} or groups) do
-    if call('EXISTS', head .. info[2]) == 1 then ring(head .. info[2]) end
-  end
-end
-local function put(stream, delay, due, fields, head)
-  delay = tonumber(delay)
-  if delay > 0 then
-    wait(due, now + delay, 'c' .. fields, stream, head)
-  else
-    call('XADD', stream, '*', unpack(list(fields), 2))
-  end
-end
-"""
-
-# In: group, consumer, lease, demand, whether others may be found dead, whether we come to be known, ids of bells.
-# Out: 0 when our lease is gone; else 1, ms until something is due (-1), whether more is free, how many entries are
-# gone, and what we took: which stream, id, times delivered, suspicions, fields.
-TEND = _script(
-    "receive",
-    """
-local main, retry, due, leases, suspicions, _, topic_due = unpack(KEYS)
-local group, me, lease, want = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local streams = {main, retry}
-if ARGV[6] == '1' then call('ZADD', leases, now + lease, me) end
-for i = 7, #ARGV do finish(retry, group, ARGV[i], true) end
-if ARGV[5] == '1' then
-  for _, dead in ipairs(call('ZRANGEBYSCORE', leases, '-inf', '(' .. now, 'LIMIT', 0, 20)) do
-    for _, stream in ipairs(streams) do
-      repeat
-        local held = call('XPENDING', stream, group, '-', '+', 1000, dead)
-        for _, p in ipairs(held) do
-          call('XCLAIM', stream, group, FREE, 0, p[1], 'RETRYCOUNT', p[4], 'JUSTID')
-        end
-      until #held < 1000
-      call('XGROUP', 'DELCONSUMER', stream, group, dead)
-    end
-    call('ZREM', leases, dead)
-  end
-end
-if not call('ZSCORE', leases, me) then return {0} end
-call('ZADD', leases, now + lease, me)
-local function move(from, to)
-  for _, member in ipairs(call('ZRANGEBYSCORE', from, '-inf', now, 'LIMIT', 0, 1000)) do
-    local kind, rest = member:sub(1, 1), member:sub(2)
-    if kind == 'c' then
-      call('XADD', to, '*', unpack(list(rest), 2))
-    else
-      call('XCLAIM', streams[tonumber(kind)], group, FREE, 0, rest, 'JUSTID')
-    end
-    call('ZREM', from, member)
-  end
-end
-move(topic_due, main)
-move(due, retry)
-local taken, gone = {}, 0
-for i, stream in ipairs(streams) do
-  if want > 0 then
-    for _, p in ipairs(call('XPENDING', stream, group, '-', '+', want, FREE)) do
-      local entry = call('XCLAIM', stream, group, me, 0, p[1], 'RETRYCOUNT', p[4] + 1)[1]
-      local known = call('HGET', suspicions, i .. p[1]) or '0'
-      if not entry or not entry[2] then
-        gone = gone + 1
-        finish(stream, group, p[1])
-        call('HDEL', suspicions, i .. p[1])
-      elseif entry[2][1] == 'bell' then
-        finish(stream, group, p[1], true)
-      else
-        taken[#taken + 1] = {i, p[1], p[4] + 1, known, entry[2]}
-        want = want - 1
-      end
-    end
-  end
-end
-if want > 0 then
-  local found = call('XREADGROUP', 'GROUP', group, me, 'COUNT', want, 'STREAMS', retry, '>')
-  for _, entry in ipairs(found and found[1][2] or {}) do
-    if entry[2][1] == 'bell' then
-      finish(retry, group, entry[1], true)
-    else
-      taken[#taken + 1] = {2, entry[1], 1, '0', entry[2]}
-    end
-  end
-end
-local more = 0
-for _, stream in ipairs(streams) do
-  if #call('XPENDING', stream, group, '-', '+', 1, FREE) > 0 then more = 1 end
-end
-if more == 1 then ring(retry) end
-local soonest = -1
-for _, from in ipairs({due, topic_due}) do
-  local first = call('ZRANGE', from, 0, 0, 'WITHSCORES')[2]
-  if first and (soonest < 0 or first - now < soonest) then soonest = math.max(0, first - now) end
-end
-return {1, soonest, more, gone, taken}
-""",
-)
+from .lua import script
+from .taking import TAKE, TEND
 
 # Settlements, fenced by owner. In: group, consumer, a number of this call, and per settlement a list: which topic and
 # stream, id, what, delay, a retry's copy, outputs. Keys: a record of the last call, then seven per topic.
 # Out: the indexes of those that are not ours, and of those whose outputs cannot be.
-SETTLE = _script(
+SETTLE = script(
     "settle",
     """
 local group, me, number = ARGV[1], ARGV[2], ARGV[3]
@@ -197,7 +56,7 @@ return {lost, rejected}
 )
 
 # In: group, consumer, stream (1 or 2), id, suspicions, which explain every delivery so far. Out: whether it is ours.
-SUSPECT = _script(
+SUSPECT = script(
     "write down a suspicion",
     """
 local stream = KEYS[tonumber(ARGV[3])]
@@ -209,7 +68,7 @@ return 1
 )
 
 # In: group, consumer, and what to keep as "1<id>" or "2<id>". All else that it holds is free again, uncounted.
-LEAVE = _script(
+LEAVE = script(
     "close a source",
     """
 local group, me, keep, kept, freed = ARGV[1], ARGV[2], {}, false, false
@@ -238,7 +97,7 @@ if freed then ring(KEYS[2]) end
 )
 
 # In: lease, consumer. Keys: `leases` of each topic. Out: 0 when one of them is gone.
-RENEW = _script(
+RENEW = script(
     "renew a lease",
     """
 for _, leases in ipairs(KEYS) do
@@ -250,7 +109,7 @@ return 1
 )
 
 # In: group, retention. Deletes what all groups have finished; remembers where our own has come to.
-TRIM = _script(
+TRIM = script(
     "trim a stream",
     """
 local low_ms, low_seq
@@ -279,7 +138,7 @@ end
 )
 
 # In: group. Out: how many wait, and the fields and ids of those that may be the oldest that are due.
-BACKLOG = _script(
+BACKLOG = script(
     "count the backlog",
     """
 local waits, oldest = call('ZCARD', KEYS[3]) + call('ZCARD', KEYS[7]), {}
@@ -313,6 +172,6 @@ return {waits, oldest}
 )
 
 # In: an output: stream, delay, where it waits, fields, and for a topic how its groups' retry streams begin.
-DELAY = _script("publish with a delay", "put(unpack(list(ARGV[1])))")
+DELAY = script("publish with a delay", "put(unpack(list(ARGV[1])))")
 
 SCRIPTS = (TEND, SETTLE, SUSPECT, LEAVE, RENEW, TRIM, BACKLOG, DELAY)
