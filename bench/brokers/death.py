@@ -16,11 +16,11 @@ from ..child import Job, started, unpin
 from ..pairs import Case, Figure
 from .throughput import GROUP, new_topic
 
-HELD = 100  # messages in the killed process, its whole window
+MESSAGES = 100  # as many as the window of the killed process
 
 
 def recovery(url: str, scale: float, options: str) -> dict[str, float]:
-    """Kill a process whose handlers hang, and wait until another has settled all that it held."""
+    """Kill a process whose handlers hang, and wait until another has settled all that it held, and the few it did not."""
     unpin()
     given = {"url": url + options, "topic": new_topic()}
     order = [json.dumps([f"{__name__}:{call}", given, False, True, 55]) for call in ("victim", "rescuer")]
@@ -44,14 +44,14 @@ def _line(process: Popen[str]) -> None:
 
 async def _publish(url: str, topic: str) -> None:
     async with App(url, group=GROUP) as app:
-        await app.publish_many(topic, [b"x"] * HELD)
+        await app.publish_many(topic, [b"x"] * MESSAGES)
 
 
 async def victim(url: str, topic: str) -> dict[str, float]:
-    """Says when it is there, and when it has all."""
+    """Says when it is there, and when it has so many that it asks for no more until some have begun."""
     async with _app(url, topic, partial(asyncio.sleep, 3600)).running() as manager:
         print("ready", flush=True)
-        while manager.stats()[0].held < HELD:  # noqa: ASYNC110
+        while manager.stats()[0].held <= MESSAGES // 2 + 10:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         print("held", flush=True)
         await asyncio.sleep(3600)
@@ -66,7 +66,7 @@ async def rescuer(url: str, topic: str) -> dict[str, float]:
     def count(event: Settled) -> None:
         nonlocal settled
         settled += event.count if event.outcome == "ack" else 0
-        if settled == HELD and not done.done():
+        if settled == MESSAGES and not done.done():
             done.set_result(time.monotonic())
 
     app = _app(url, topic, partial(asyncio.sleep, 0))
@@ -79,7 +79,7 @@ async def rescuer(url: str, topic: str) -> dict[str, float]:
 def _app(url: str, topic: str, wait: Callable[[], Awaitable[None]]) -> App:
     app = App(url, group=GROUP)
 
-    @app.consumer(topic, name="consume", concurrency=10, max_demand=HELD)
+    @app.consumer(topic, name="consume", concurrency=10, max_demand=MESSAGES)
     async def consume(message: Message[bytes]) -> None:
         await wait()
 
@@ -87,7 +87,8 @@ def _app(url: str, topic: str, wait: Callable[[], Awaitable[None]]) -> App:
 
 
 def cases(broker: str, name: str, *, options: str) -> list[Case]:
-    """The row of one broker. `options` are of the URL: where there are leases, how long they are."""
-    row = f"{name}, SIGKILL of a process{options and ', lease 3 s'}: until another has settled all it held"
+    """The row of one broker. `options` of the URL say how long leases are, where there are any."""
+    lease = ", lease 3 s" if "lease" in options else ""
+    row = f"{name}, SIGKILL of a process{lease}: until another has settled all it held"
     job = Job(f"{__name__}:recovery", {"options": options}, pinned=False)
     return [Case((Figure(row, "s", "s", "bound", 5.0, 1.0),), job, server=broker, most=3)]

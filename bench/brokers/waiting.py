@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from time import perf_counter
+from typing import Any
 
 from sluiceway import App, Message
 
@@ -22,17 +23,17 @@ SECONDS = 3.0  # of load
 TICK = 0.005  # seconds between publishes under load
 
 
-def one_at_a_time(url: str, scale: float) -> dict[str, float]:
+def one_at_a_time(url: str, scale: float, options: str) -> dict[str, float]:
     """One process publishes, another consumes."""
-    return two_processes(url, scale, samples=150, idle=IDLE)
+    return two_processes(url + options, scale, samples=150, idle=IDLE)
 
 
-async def many(url: str, scale: float) -> dict[str, float]:
+async def many(url: str, scale: float, options: str) -> dict[str, float]:
     """A hundred consumers in one app: how long they take to start when their groups are made and when they are there,
     and the share of a core that all need while nothing happens."""
     taken = []
     for _ in range(2):
-        app = App(url)
+        app = App(url + options)
         for number in range(max(2, int(CONSUMERS * scale))):
 
             @app.consumer(f"many.{number}", name=f"consumer-{number}")
@@ -53,7 +54,7 @@ async def many(url: str, scale: float) -> dict[str, float]:
 
 
 def loaded(url: str, scale: float, count: int) -> dict[str, float]:
-    """One process publishes half as much as another can take, which it has measured before."""
+    """One process publishes half as fast as another could, or as that one can take, which it has measured before."""
     unpin()
     topic, seconds = new_topic(), max(0.2, SECONDS * scale)
     given = {"url": url, "topic": topic, "count": max(1_000, int(count * scale))}
@@ -86,7 +87,8 @@ async def _publish(url: str, topic: str, rate: float, seconds: float) -> int:
 
 
 async def taker(url: str, topic: str, count: int) -> dict[str, float]:
-    """The other process: says how many messages/s it takes of what waits, then how long those took that came later."""
+    """The other process: says how many messages/s it publishes or takes, whichever are fewer, then how long those took
+    that came later."""
     begun: list[int] = []
     taken: list[float] = []
 
@@ -98,13 +100,15 @@ async def taker(url: str, topic: str, count: int) -> dict[str, float]:
         taken.extend((now - one) / 1e6 for one in begun[:number])
         del begun[:number]
 
+    began = perf_counter()
     async with filled(url, topic, count, note) as (app, gate):
+        publishing = perf_counter() - began
         watch = Watch(app)
         watch.on_settled = settled
         began = perf_counter()
         gate.open()
         await watch.until(count)
-        print(count / (perf_counter() - began), flush=True)
+        print(count / max(publishing, perf_counter() - began), flush=True)
         taken.clear()
         sent = int(await asyncio.to_thread(input))
         await watch.until(count + sent)
@@ -112,10 +116,11 @@ async def taker(url: str, topic: str, count: int) -> dict[str, float]:
     return {"p50": quantile(taken, 0.5), "p99": quantile(taken, 0.99)}
 
 
-def cases(broker: str, name: str, *, count: int, p50: float) -> list[Case]:
-    """The rows of one broker, which `name` begins. `p50`: milliseconds, the bound of an idle pipeline."""
+def cases(broker: str, name: str, *, count: int, p50: float, options: str) -> list[Case]:
+    """The rows of one broker, which `name` begins. `p50`: milliseconds, the bound of an idle pipeline. `options` of the
+    URL let renewals or heartbeats come often enough to be part of what is idle."""
 
-    def job(call: str, **given: int) -> Job:
+    def job(call: str, **given: Any) -> Job:
         return Job(f"{__name__}:{call}", given, pinned=False)
 
     return [
@@ -125,7 +130,7 @@ def cases(broker: str, name: str, *, count: int, p50: float) -> list[Case]:
                 Figure(f"{name}, two processes, idle: publish to settled, p99", "ms", "p99", "bound"),
                 Figure(f"{name}, idle consumer, CPU", "% of a core", "cpu", "bound", 1.0, 1.0),
             ),
-            job("one_at_a_time"), server=broker, most=3,
+            job("one_at_a_time", options=options), server=broker, most=3,
         ),
         Case(
             (
@@ -140,6 +145,6 @@ def cases(broker: str, name: str, *, count: int, p50: float) -> list[Case]:
                 Figure(f"{name}, {CONSUMERS} consumers in one app, first start: makes groups", "s", "new", "bound"),
                 Figure(f"{name}, {CONSUMERS} idle consumers in one app, CPU", "% of a core", "cpu", "bound", 3.0, 1.0),
             ),
-            Job(f"{__name__}:many"), server=broker, most=3,
+            Job(f"{__name__}:many", {"options": options}), server=broker, most=3,
         ),
     ]  # fmt: skip

@@ -87,6 +87,55 @@ async def test_a_settle_while_the_server_is_away_raises_and_is_done_when_it_is_b
         assert [stored.body async for stored in transport.browse("t.g.dead")] == [b"2"]
 
 
+@pytest.mark.parametrize("seconds", [0.5, 6.0])
+async def test_a_server_that_stands_still_for_a_while_is_heard_again(server: NATSServer, seconds: float) -> None:
+    """6 s: longer than anything that waits for an answer to a ping."""
+    async with connected(server) as transport:
+        source = await subscribe(transport, "t")
+        source._pulls.beat = 0.3
+        call = asyncio.create_task(get(source, 3))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(server.pause)
+        await asyncio.sleep(seconds)
+        await asyncio.to_thread(server.resume)
+        await publish(transport, "t", *numbered(3))
+        assert bodies(await call) == numbered(3)
+
+
+async def test_a_connection_that_nobody_reads_any_more_is_made_anew(
+    server: NATSServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(server) as transport:
+        source = await subscribe(transport, "t")
+        reading: Any = transport._open._client._reading_task  # type: ignore[union-attr]
+        reading.cancel()
+        await until(lambda: "connected to NATS again" in caplog.text, "it notices")
+        await publish(transport, "t", b"a")
+        assert bodies(await get(source, 1)) == [b"a"]
+
+
+async def test_acks_that_a_server_about_to_stop_does_not_take_are_sent_again(server: NATSServer) -> None:
+    """Its JetStream goes before its connections, and then nobody takes an ack. No consumer was deleted."""
+    async with connected(server) as transport:
+        source = await subscribe(transport, "t")
+        await publish(transport, "t", *numbered(4))
+        first, *others = await get(source, 4)
+        connection = source._hand._connection
+        connection.ask, ask = without_acks(connection.ask), connection.ask  # type: ignore[method-assign]
+        with pytest.raises(TransportError, match="just now"):
+            await source.settle([first], [])
+        connection.ask = ask  # type: ignore[method-assign]
+        assert not await source.settle([first, *others], [])
+
+
+def without_acks(ask: Any) -> Any:
+    async def asking(requests: Any, **options: Any) -> Any:
+        subjects = [subject.replace("$JS.ACK", "nobody") for subject, _, _ in requests]
+        return await ask([(subject, *rest) for subject, (_, *rest) in zip(subjects, requests, strict=True)], **options)
+
+    return asking
+
+
 async def test_a_publish_whose_confirm_nobody_heard_says_which_messages(server: NATSServer) -> None:
     with Proxy(server.port) as proxy:
         broker = NATSBroker(server, proxy)

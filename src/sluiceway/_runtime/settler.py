@@ -275,6 +275,8 @@ class PipelineSettler:
                 self._ended([one.message for one in batch], refused)
                 lost = {id(one.message) for one in refused}
                 self._tell([one for one in batch if id(one.message) not in lost])
+                for one in batch:  # an error leads to its message through the handler's frame: no circle for the gc
+                    one.message.error = None
                 if self._others:
                     self._other_wake.set()
 

@@ -16,7 +16,7 @@ from ...errors import PayloadTooLarge, TransportError
 from ...message import Message, Refused, Settlement
 from .connection import ApiError, Connection, Request, Unanswered, read_answer, status
 from .consumers import Consumer, Consumers
-from .headers import Delivery, Note, read_delivery
+from .headers import Delivery, Note, path_of, read_delivery
 from .publishing import Publisher
 from .renewer import Leases, Token
 from .streams import NOTE, NOTES
@@ -64,7 +64,7 @@ class Hand:
         gone = await self._end(ended, naks)
         if gone:
             for message in [*acks, *[other.message for other in others]]:
-                if _path(message.token[0]) in gone:
+                if path_of(message.token[0]) in gone:
                     refused.append(Refused(message, "lost", "its consumer was deleted"))
         return refused
 
@@ -145,14 +145,14 @@ class Hand:
             last[b""] = ended[-1][0]
         else:
             for reply, _ in ended:
-                last[_path(reply)] = reply
+                last[path_of(reply)] = reply
         confirmed = set(last.values())
         before = b"".join([b"PUB %b 0\r\n\r\n" % reply for reply, _ in ended if reply not in confirmed])
         requests = [(reply.decode(), b"", b"+ACK") for reply in confirmed]
         requests += [(token[0].decode(), b"", body) for token, body in naks]
         answers = await self._connection.ask(requests, before=before)
         unheard = [request[0].encode() for request, answer in zip(requests, answers, strict=True) if status(answer)]
-        gone = await self._look_for({_path(reply): reply for reply in unheard})
+        gone = await self._look_for({path_of(reply): reply for reply in unheard})
         held = self.held
         for token in ended:
             held.pop(token, None)
@@ -207,12 +207,6 @@ class Hand:
         body = [json.dumps({"last_by_subj": _note_subject(one)}).encode() for one in deliveries]
         answers = await self._connection.ask([(f"$JS.API.STREAM.MSG.GET.{NOTES}", b"", one) for one in body])
         return [_read_note(answer) for answer in answers]
-
-
-def _path(reply: bytes) -> bytes:
-    """Which consumer an ack subject is of: all but the last five words. Some servers add one more, which does no harm:
-    it is the same for all of a connection."""
-    return reply.rsplit(b".", 5)[0]
 
 
 def _note_subject(delivery: Delivery) -> str:

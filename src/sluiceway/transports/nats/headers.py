@@ -44,6 +44,12 @@ def read_delivery(reply: bytes) -> Delivery:
     return Delivery(words[at].decode(), words[at + 1].decode(), count, seq, stored / 1e9, pending)
 
 
+def path_of(reply: bytes) -> bytes:
+    """The stream and the consumer in the subject of an ack."""
+    words = reply.split(b".", 6)
+    return b".".join(words[2:4] if reply.count(b".") == 8 else words[4:6])
+
+
 def write_headers(message: Outgoing, *, due: float | None = None, dedupe: str | None = None) -> bytes:
     """The header block of a message. Within the stream's window a `dedupe` is stored once."""
     plain: dict[str, str] = {}

@@ -37,11 +37,12 @@ class Keys:
         return f"{self._prefix}:settled:{{{topic}}}:{what}:{consumer}"
 
     def of(self, topic: str, group: str) -> tuple[str, ...]:
-        """All seven that the scripts take, in their order."""
-        leases, suspicions, floor = (
-            f"{self._prefix}:{kind}:{{{topic}}}:{group}" for kind in ("leases", "suspicions", "floor")
+        """All eight that the scripts take, in their order."""
+        leases, counts, floor, lane = (
+            f"{self._prefix}:{kind}:{{{topic}}}:{group}" for kind in ("leases", "counts", "floor", "lane")
         )
-        return topic, self.retry(topic, group), self.due(topic, group), leases, suspicions, floor, self.due(topic, None)
+        retry, due, later = self.retry(topic, group), self.due(topic, group), self.due(topic, None)
+        return topic, retry, due, leases, counts, floor, later, lane
 
     def output(self, message: Outgoing) -> bytes:
         """What the scripts put out for a message. Its first field makes it unlike all others that wait."""

@@ -98,6 +98,13 @@ local function offer(lane, key, consumer)
   if first then call('ZADD', lane .. '#open#' .. consumer, first:sub(1, 20), key) end
   return first ~= nil
 end
+local function open_all(lane, consumer)  -- he is gone
+  local from, to = lane .. '#open#' .. consumer, lane .. '#open#'
+  if call('EXISTS', from) == 1 then
+    call('ZUNIONSTORE', to, 2, to, from, 'AGGREGATE', 'MIN')
+    call('DEL', from)
+  end
+end
 local function unhand(lane, key, which, id, me)
   call('ZREM', lane .. '#held#' .. key, place_of(which, id))
   return offer(lane, key, call('EXISTS', lane .. '#held#' .. key) == 1 and me or '')

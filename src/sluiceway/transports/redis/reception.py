@@ -17,9 +17,10 @@ from .entries import message_of, messages_of
 from .groups import make_group, uptime
 from .keys import Keys, ms
 from .renewer import renewed
-from .scripts import TEND, TRIM
+from .scripts import TRIM
 from .settings import Settings
 from .settling import Settling
+from .taking import TAKE, TEND
 from .wire import Line, ReplyError, Wire
 
 log = logging.getLogger("sluiceway")
@@ -58,6 +59,8 @@ class Reception:
         self._keys = keys
         self._subscription = subscription
         self._lease = lease
+        self._ordered = subscription.order_by is not None
+        self._behind: list[list[bytes]] = []  # per topic: where the streams ended, when there was nothing to take
         self._retention = -1 if retention == float("inf") else ms(retention)
         self._may_hold = may_hold
         self._on_lost = on_lost
@@ -119,7 +122,7 @@ class Reception:
         if now >= self._recover_at:
             await self._recover(wire)
             self._recover_at = now + self._lease / 3
-        if now >= self._tend_at or (self._busy and now >= self._tend_busy_at):
+        if self._ordered or now >= self._tend_at or (self._busy and now >= self._tend_busy_at):
             found = await self._tend(wire, want, now)
             if found or not self._may_hold():
                 return found
@@ -150,6 +153,12 @@ class Reception:
         self.blocked = wire
         try:
             if not self._may_wait():
+                return []
+            if self._ordered:
+                streams = [key for of in self.keys_of for key in (of[0], of[1], of[1] + "#wake")]
+                behind = [one for each in self._behind for one in each]
+                await wire.ask("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", *streams, *behind,
+                               seconds=block / 1000 + 10)  # fmt: skip
                 return []
             if want >= len(self._streams):
                 return await self._read(wire, self._streams, want // len(self._streams), "BLOCK", block)
@@ -207,23 +216,25 @@ class Reception:
             for of in self.keys_of:
                 await wire.run(TRIM, of, self.group, self._retention)
         bells, self._bells = self._bells, {}
+        self._behind = []
         reap = int(now >= self._reap_at)
         for at, of in enumerate(self.keys_of):
             room = min(want - len(found), self._fitting())
             heard = bells.get(of[1], ())
-            answer = await wire.run(TEND, of, self.group, self.consumer, ms(self._lease), room, reap, 0, *heard)
+            answer = await wire.run(TAKE if self._ordered else TEND, of, self.group, self.consumer, ms(self._lease), room, reap, 0, *heard)
             if not answer[0]:
                 await self.lost(wire, "the lease was lost")
                 return []
-            _, soonest, more, gone, taken = answer
+            _, soonest, more, gone, taken, *behind = answer
+            self._behind += behind
             if gone:
                 log.error("%d messages of %r were deleted from the stream before group %r had handled them: by XDEL, "
                           "or by XTRIM or MAXLEN of another program", gone, self.topics[at], self.group)  # fmt: skip
-            for which, one, delivered, suspicions, fields in taken:
+            for which, one, delivered, suspicions, failures, fields in taken:
                 self._serial += 1
                 topic, stream = self.topics[at], of[which - 1]
-                entry, known = [one, fields], int(suspicions)
-                found.append(message_of(entry, topic, stream, self.consumer, delivered, known, self._serial))
+                known = (delivered, int(suspicions), int(failures), self._serial)
+                found.append(message_of([one, fields], topic, stream, self.consumer, *known))
             next_at = min(next_at, now if more else next_at, now + soonest / 1000 if soonest >= 0 else next_at)
         renewed[self.consumer] = now
         self.held.update([message.token for message in found])

@@ -6,7 +6,8 @@ from .lua import script
 from .taking import TAKE, TEND
 
 # Settlements, fenced by owner. In: group, consumer, a number of this call, and per settlement a list: which topic and
-# stream, id, what, delay, a retry's copy, outputs. Keys: a record of the last call, then seven per topic.
+# stream, id, what, delay, a retry's copy (or whether it counts), "k" and its key where that is kept in order, outputs.
+# Keys: a record of the last call, then eight per topic.
 # Out: the indexes of those that are not ours, and of those whose outputs cannot be.
 SETTLE = script(
     "settle",
@@ -17,7 +18,7 @@ if before then
   before = cmsgpack.unpack(before)
   if before[1] == number then return {before[2], before[3]} end
 end
-local lost, rejected, bells = {}, {}, {}
+local lost, rejected, bells, woken = {}, {}, {}, {}
 local function fits(outputs)
   for _, out in ipairs(outputs) do
     local kind = call('TYPE', out[1]).ok
@@ -28,9 +29,21 @@ end
 for i = 4, #ARGV do
   local op, outputs = list(ARGV[i]), {}
   local which, id, what, delay = tonumber(op[2]), op[3], op[4], tonumber(op[5])
-  for j = 7, #op do outputs[j - 6] = list(op[j]) end
-  local base = 1 + 7 * op[1]
-  local stream, retry, due, suspicions = KEYS[base + which], KEYS[base + 2], KEYS[base + 3], KEYS[base + 5]
+  for j = 8, #op do outputs[j - 7] = list(op[j]) end
+  local base = 1 + 8 * op[1]
+  local stream, retry, due, counts, lane = KEYS[base + which], KEYS[base + 2], KEYS[base + 3], KEYS[base + 5], KEYS[base + 8]
+  local function to(consumer, delivered)
+    call('XCLAIM', stream, group, consumer, 0, id, 'RETRYCOUNT', delivered, 'JUSTID')
+  end
+  local function back(delivered)
+    if delay > 0 then
+      to(LATER, delivered)
+      wait(due, now + delay, which .. id, retry, '')
+    else
+      to(FREE, delivered)
+      bells[retry] = true
+    end
+  end
   local p = redis.pcall('XPENDING', stream, group, id, id, 1, me)[1]  -- none of a group that was deleted
   if not p then
     lost[#lost + 1] = i - 4
@@ -39,20 +52,47 @@ for i = 4, #ARGV do
   else
     for _, out in ipairs(outputs) do put(unpack(out)) end
     if what == 'release' then
-      local to = delay > 0 and LATER or FREE
-      call('XCLAIM', stream, group, to, 0, id, 'RETRYCOUNT', math.max(0, p[4] - 1), 'JUSTID')
-      if delay > 0 then wait(due, now + delay, which .. id, retry, '') else bells[retry] = true end
+      back(math.max(0, p[4] - 1))
+    elseif what == 'again' then
+      back(0)
+      call('HDEL', counts, which .. id)
+      if op[6] == '1' then call('HINCRBY', counts, 'f' .. which .. id, 1) end
+    elseif what == 'park' then
+      to(PARKED, math.max(0, p[4] - 1))
+      call('ZADD', lane .. '#waits#' .. op[7]:sub(2), 0, place_of(which, id))
     else
       if what == 'retry' then put(retry, delay, due, op[6], '') end
       finish(stream, group, id, which == 2)
-      call('HDEL', suspicions, which .. id)
+      call('HDEL', counts, which .. id, 'f' .. which .. id)
     end
   end
+  local ends = what ~= 'release' and what ~= 'again'
+  if ends and op[7] ~= '' and unhand(lane, op[7]:sub(2), which, id, me) then woken[retry] = true end
 end
+for retry in pairs(woken) do wake(retry) end
 for retry in pairs(bells) do ring(retry) end
 call('SET', KEYS[1], cmsgpack.pack({number, lost, rejected}), 'EX', 86400)
 return {lost, rejected}
 """,
+    lanes=True,
+)
+
+# Acks of what is kept in order, unfenced. In: group, consumer, and per message a list: which topic and stream, id, "k"
+# and its key. Keys: eight per topic.
+ACK = script(
+    "acknowledge",
+    """
+local group, me, woken = ARGV[1], ARGV[2], {}
+for i = 3, #ARGV do
+  local at, which, id, key = unpack(list(ARGV[i]))
+  local base = 8 * at
+  finish(KEYS[base + which], group, id, which == '2')
+  call('HDEL', KEYS[base + 5], which .. id, 'f' .. which .. id)
+  if key ~= '' and unhand(KEYS[base + 8], key:sub(2), which, id, me) then woken[KEYS[base + 2]] = true end
+end
+for retry in pairs(woken) do wake(retry) end
+""",
+    lanes=True,
 )
 
 # In: group, consumer, stream (1 or 2), id, suspicions, which explain every delivery so far. Out: whether it is ours.
@@ -91,9 +131,11 @@ end
 if not kept then
   for i = 1, 2 do call('XGROUP', 'DELCONSUMER', KEYS[i], group, me) end
   call('ZREM', KEYS[4], me)
+  open_all(KEYS[8], me)
 end
 if freed then ring(KEYS[2]) end
 """,
+    lanes=True,
 )
 
 # In: lease, consumer. Keys: `leases` of each topic. Out: 0 when one of them is gone.
@@ -159,10 +201,12 @@ for i = 1, 2 do
       end
       waits = waits + lag
       for _, consumer in ipairs(call('XINFO', 'CONSUMERS', KEYS[i], ARGV[1])) do
-        if consumer[2] == FREE then waits = waits + consumer[4] end
-      end
-      for _, p in ipairs(call('XPENDING', KEYS[i], ARGV[1], '-', '+', 1, FREE)) do
-        oldest[#oldest + 1] = call('XRANGE', KEYS[i], p[1], p[1])[1]
+        if consumer[2] == FREE or consumer[2] == LANE or consumer[2] == PARKED then
+          waits = waits + consumer[4]
+          for _, p in ipairs(call('XPENDING', KEYS[i], ARGV[1], '-', '+', 1, consumer[2])) do
+            oldest[#oldest + 1] = call('XRANGE', KEYS[i], p[1], p[1])[1]
+          end
+        end
       end
     end
   end
@@ -174,4 +218,4 @@ return {waits, oldest}
 # In: an output: stream, delay, where it waits, fields, and for a topic how its groups' retry streams begin.
 DELAY = script("publish with a delay", "put(unpack(list(ARGV[1])))")
 
-SCRIPTS = (TEND, SETTLE, SUSPECT, LEAVE, RENEW, TRIM, BACKLOG, DELAY)
+SCRIPTS = (TEND, TAKE, SETTLE, ACK, SUSPECT, LEAVE, RENEW, TRIM, BACKLOG, DELAY)

@@ -8,23 +8,27 @@ from typing import Any
 from ...message import Message, Outgoing, Refused, Settlement, new_id
 from .entries import MAX_HEADERS, fields_of
 from .keys import Keys, ms, pack
-from .scripts import SETTLE
+from .scripts import ACK, SETTLE
 from .wire import ReplyError, Wire, refusal
 
 _CHUNK = 100  # settlements per script, so that none holds up the server
 _CHUNK_BYTES = 4 * 1024 * 1024
+_ACKS = 500
 
 
 class Settling:
     """Sends settlements of one group, one call at a time. `what` tells its record from another's of the same consumer.
 
+    `ordered`: messages of a key are kept in order, so the lane of the key is told when one ends.
     `places`: which topic (from 0) and stream (1 or 2) of it a stream is."""
 
     def __init__(
-        self, keys: Keys, group: str, topics: Sequence[str], what: str, *, max_payload: int = 0, replicas: int = 0
-    ) -> None:
+        self, keys: Keys, group: str, topics: Sequence[str], what: str, *,
+        ordered: bool = False, max_payload: int = 0, replicas: int = 0,
+    ) -> None:  # fmt: skip
         self._keys = keys
         self._group = group
+        self._ordered = ordered
         self._max_payload = max_payload
         self._replicas = replicas
         self._of_topics = [key for topic in topics for key in keys.of(topic, group)]
@@ -35,8 +39,14 @@ class Settling:
             self.places[topic] = (at, 1)
         self._sent: tuple[Sequence[Settlement], list[_Chunk]] | None = None  # and it is not known whether it arrived
 
-    async def ack(self, wire: Wire, tokens: Sequence[Any]) -> None:
+    async def ack(self, wire: Wire, consumer: str, messages: Sequence[Message[Any]]) -> None:
         """Acks, unfenced, in one round trip. Sent twice they do nothing."""
+        if self._ordered:
+            acks = [pack((*self.places[one.token[0]], one.token[1], self._key(one))) for one in messages]
+            for start in range(0, len(acks), _ACKS):
+                await wire.run(ACK, self._of_topics, self._group, consumer, *acks[start : start + _ACKS])
+            return
+        tokens = [one.token for one in messages]
         commands: list[tuple[Any, ...]] = []
         for stream in {token[0] for token in tokens}:
             ids = [token[1] for token in tokens if token[0] == stream]
@@ -100,13 +110,24 @@ class Settling:
     def _packed(self, one: Settlement) -> bytes:
         message = one.message
         stream, number, *_ = message.token
-        copy = b""
-        if one.outcome == "retry":
+        copy: bytes | str = b""
+        key = self._key(message)
+        what = one.outcome if one.outcome in ("retry", "release") else "finish"
+        if one.outcome == "park":
+            what = "park" if key else "release"
+        elif one.outcome == "retry" and key:  # its place is its entry's
+            what, copy = "again", str(int(one.counted))
+        elif one.outcome == "retry":
             again = Outgoing(message.topic, message.body, message.key, message.headers, message.id, message.timestamp)
             copy = pack([new_id(), *fields_of(again, failures=message.failures + one.counted)])
-        what = {"retry": "retry", "release": "release", "park": "release"}.get(one.outcome, "finish")
         outputs = [self._keys.output(out) for out in one.outputs]
-        return pack((*self.places[stream], number, what, ms(one.delay), copy, *outputs))
+        return pack((*self.places[stream], number, what, ms(one.delay), copy, key, *outputs))
+
+    def _key(self, message: Message[Any]) -> bytes:
+        """What tells the scripts of a key that is kept in order."""
+        if not self._ordered or message.key is None:
+            return b""
+        return b"k" + message.key.encode("utf-8", "surrogateescape")
 
 
 class _Chunk:

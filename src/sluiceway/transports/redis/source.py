@@ -65,7 +65,8 @@ class RedisSource:
         self._topics = topics
         self._group = group
         self._line = line
-        checks = {"max_payload": limits.max_payload, "replicas": limits.replicas}
+        ordered = subscription.order_by is not None
+        checks: dict[str, Any] = {"ordered": ordered, "max_payload": limits.max_payload, "replicas": limits.replicas}
         self._settling = Settling(keys, group, topics, "others", **checks)
         self._acking = Settling(keys, group, topics, "acks", **checks)  # the runtime calls both at once
         self._window = subscription.window
@@ -188,17 +189,18 @@ class RedisSource:
         wire = await self._line.wire()  # before the lease is looked at: this may take a while
         fenced = time.monotonic() - renewed.get(consumer, 0.0) > self._lease * 2 / 3
         held = self._reception.held
-        plain = [] if fenced else [one.token for one in acks if not one.suspicions and one.token in held]
+        plain = [] if fenced else [one for one in acks if not one.suspicions and one.token in held]
         if plain:
-            await self._settling.ack(wire, plain)
+            await self._settling.ack(wire, consumer, plain)
         refused: list[Refused] = []
+        done = {one.token for one in plain}
         if len(plain) != len(acks) or others:
-            known = set(plain)
+            known = done
             rest = [Settlement(one, "ack") for one in acks if one.token not in known]
             refused = await self._settle(self._acking, rest) + await self._settle(self._settling, others)
             kept = {one.message.token for one in refused if one.kind == "rejected"}
             held.difference_update({one.message.token for one in (*rest, *others)} - kept)
-        held.difference_update(plain)
+        held.difference_update(done)
         return refused
 
     async def _settle(self, settling: Settling, some: Sequence[Settlement]) -> list[Refused]:

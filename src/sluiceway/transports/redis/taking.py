@@ -100,7 +100,9 @@ if want > 0 then
   end
 end
 for _, stream in ipairs(streams) do
-  if #call('XPENDING', stream, group, '-', '+', 1, FREE) > 0 then more = 1 end
+  for _, from in ipairs({FREE, LANE, PARKED}) do
+    if #call('XPENDING', stream, group, '-', '+', 1, from) > 0 then more = 1 end
+  end
 end
 if more == 1 then ring(retry) end
 return {1, soonest(), more, gone, taken}
@@ -115,7 +117,7 @@ TAKE = script(
     _TEND
     + """
 local STEPS = 1000  -- looks at messages per call, so that none holds up the server
-local steps, woken, state = 0, false, {}
+local steps, woken, state, joined = 0, false, {}, {}
 local function pending(which, id)
   steps = steps + 1
   local p = call('XPENDING', streams[which], group, id, id, 1)[1]
@@ -138,6 +140,7 @@ local function visit(key)  -- take what may be taken of a lane; offer what is le
   while true do
     local head = call('ZRANGE', waits, 0, 0)[1]
     if not head then return end
+    if steps > STEPS then return offer(lane, key, owner or '') end
     local which, id = entry_of(head)
     local p, still = pending(which, id)
     if p and still then
@@ -146,9 +149,8 @@ local function visit(key)  -- take what may be taken of a lane; offer what is le
         woken = true
         return offer(lane, key, owner)
       end
-      if want <= 0 or steps > STEPS then return offer(lane, key, owner or '') end
-      take(which, id, p[4] + 1)
-      if call('XPENDING', streams[which], group, id, id, 1, me)[1] then
+      if want <= 0 then return offer(lane, key, owner or '') end
+      if take(which, id, p[4] + 1) then
         call('ZADD', held, 0, head)
         owner = me
       end
@@ -172,7 +174,10 @@ local function arrived(which, id, fields)
       local owner = hand(key)
       state[key] = (not owner or owner == me) and call('EXISTS', lane .. '#waits#' .. key) == 0
     end
-    if not state[key] then return join(key, which, id, 0) end
+    if not state[key] then
+      joined[key] = true
+      return join(key, which, id, 0)
+    end
     call('ZADD', lane .. '#held#' .. key, 0, place_of(which, id))
   end
   taken[#taken + 1] = {which, id, 1, '0', '0', fields}
@@ -180,18 +185,16 @@ local function arrived(which, id, fields)
 end
 local function visit_all(open)
   while want > 0 and steps <= STEPS do
-    local keys = call('ZRANGE', open, 0, math.min(want, 100) - 1)
-    if #keys == 0 then return end
-    for _, key in ipairs(keys) do
-      call('ZREM', open, key)
-      visit(key)
-    end
+    local key = call('ZPOPMIN', open)[1]
+    if not key then return end
+    visit(key)
   end
 end
 if want > 0 then
   for i, stream in ipairs(streams) do
     for _, p in ipairs(call('XPENDING', stream, group, '-', '+', STEPS, FREE)) do
-      if want > 0 then
+      if want > 0 and steps <= STEPS then
+        steps = steps + 1
         local entry = call('XRANGE', stream, p[1], p[1])[1]
         local key = entry and key_of(entry[2])
         if key then join(key, i, p[1], p[4]) else take(i, p[1], p[4] + 1) end
@@ -207,6 +210,10 @@ if want > 0 then
       if not found then break end
       for _, entry in ipairs(found[1][2]) do arrived(which, entry[1], entry[2]) end
     end
+  end
+  for key in pairs(joined) do
+    call('ZREM', lane .. '#open#', key)
+    visit(key)
   end
 end
 local more = 0

@@ -60,10 +60,10 @@ class RedisTransport:
         self.features = Features(
             durable=True,
             retains=True,
-            order="none",
+            order="group",
             delay="native",
             atomic=True,
-            park=False,
+            park=True,
             release=True,
             lease=True,
             max_payload=max_payload,

@@ -20,7 +20,8 @@ except ImportError as missing:
     raise ImportError("the Redis transport needs hiredis: pip install 'sluiceway[redis]'") from missing
 
 from ...errors import ConnectError, TransportError
-from .scripts import SCRIPTS, Script
+from .lua import Script
+from .scripts import SCRIPTS
 from .settings import Settings
 
 ReplyError = hiredis.ReplyError
