@@ -16,12 +16,12 @@ from ..pairs import Case
 from . import death, throughput, volume, waiting
 
 CASES: list[Case] = []
-for _broker, _name, _count, _least, _p50, _options, _many in (
-    ("redis", "Redis", 60_000, 0.85, 1.0, "?lease=3", 1_000_000),
-    ("nats", "NATS", 40_000, 0.95, 1.5, "?lease=3", 1_000_000),
-    ("rabbitmq", "RabbitMQ", 20_000, 0.85, 3.0, "?heartbeat=3", 200_000),
+for _broker, _name, _alive, _count, _least, _p50, _many in (
+    ("redis", "Redis", "lease", 60_000, 0.85, 1.0, 1_000_000),
+    ("nats", "NATS", "lease", 40_000, 0.95, 1.5, 1_000_000),
+    ("rabbitmq", "RabbitMQ", "heartbeat", 20_000, 0.85, 3.0, 200_000),
 ):
     CASES += throughput.cases(_broker, _name, count=_count, least=_least)
-    CASES += waiting.cases(_broker, _name, count=_count, p50=_p50, options=_options)
-    CASES += death.cases(_broker, _name, options=_options)
+    CASES += waiting.cases(_broker, _name, count=_count, p50=_p50, alive=_alive)
+    CASES += death.cases(_broker, _name, alive=_alive)
     CASES += volume.cases(_broker, _name, count=_many)

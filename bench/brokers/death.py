@@ -20,7 +20,7 @@ MESSAGES = 100  # as many as the window of the killed process
 
 
 def recovery(url: str, scale: float, options: str) -> dict[str, float]:
-    """Kill a process whose handlers hang, and wait until another has settled all that it held, and the few it did not."""
+    """Kill a process whose handlers hang, and wait until another has settled all that there is."""
     unpin()
     given = {"url": url + options, "topic": new_topic()}
     order = [json.dumps([f"{__name__}:{call}", given, False, True, 55]) for call in ("victim", "rescuer")]
@@ -86,9 +86,9 @@ def _app(url: str, topic: str, wait: Callable[[], Awaitable[None]]) -> App:
     return app
 
 
-def cases(broker: str, name: str, *, options: str) -> list[Case]:
-    """The row of one broker. `options` of the URL say how long leases are, where there are any."""
-    lease = ", lease 3 s" if "lease" in options else ""
+def cases(broker: str, name: str, *, alive: str) -> list[Case]:
+    """The row of one broker. `alive`: the option of its URL that says how often a process must show that it lives."""
+    lease = ", lease 3 s" if alive == "lease" else ""
     row = f"{name}, SIGKILL of a process{lease}: until another has settled all it held"
-    job = Job(f"{__name__}:recovery", {"options": options}, pinned=False)
+    job = Job(f"{__name__}:recovery", {"options": f"?{alive}=3"}, pinned=False)
     return [Case((Figure(row, "s", "s", "bound", 5.0, 1.0),), job, server=broker, most=3)]

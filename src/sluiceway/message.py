@@ -188,6 +188,7 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
     - `timestamp`: when it was published, seconds since 1970.
     - `attempt`: 1 for the first; 1 + failures + suspicions, both kept by the broker.
     - `value`: what the handler returned; what its batch receives. Before that, what `prepare` left for the handler.
+    - `error`: what failed it; None before that, and again when it is settled.
     - `deliveries`: how often the broker handed it over, without releases; evidence, not the count of attempts.
     """
 

@@ -15,6 +15,21 @@ from tests.servers.server import Server, find, free_port
 
 _SCRIPTS = Path("/usr/lib/rabbitmq/bin")  # Debian's; those in /usr/sbin switch to a user of their own
 
+# An Erlang node that asks the leader of each queue that is named to it; `rabbitmqctl` takes a second for one answer.
+_PROBE = """
+    Node = list_to_atom("sluiceway%d@localhost"),
+    Ask = fun(Again) ->
+        Name = list_to_binary(string:trim(io:get_line(""))),
+        Name =:= <<>> andalso halt(),
+        {ok, Queue} = rpc:call(Node, rabbit_amqqueue, lookup, [{resource, <<"/">>, queue, Name}]),
+        Leader = rpc:call(Node, amqqueue, get_pid, [Queue]),
+        {ok, {_, Held}, _} = rpc:call(Node, ra, local_query, [Leader, fun rabbit_fifo:query_messages_checked_out/1]),
+        io:format("~b~n", [maps:size(Held)]),
+        Again(Again)
+    end,
+    Ask(Ask).
+"""
+
 
 class RabbitMQServer(Server):
     """`settings` are lines of rabbitmq.conf, `erlang` arguments for its virtual machine.
@@ -98,6 +113,7 @@ class RabbitMQServer(Server):
         return "Server startup complete" in self.log()[self._began :] and super().is_ready()
 
     _began = 0
+    _probe: subprocess.Popen[str] | None = None
 
     def start(self) -> RabbitMQServer:
         path = self.folder / "server.log"
@@ -105,6 +121,10 @@ class RabbitMQServer(Server):
         return super().start()
 
     def _end(self, number: signal.Signals) -> None:
+        if self._probe is not None:
+            self._probe.kill()
+            self._probe.communicate()
+            self._probe = None
         group = self.process.pid if self.process is not None else None
         super()._end(number)
         if group is not None:
@@ -120,6 +140,19 @@ class RabbitMQServer(Server):
         if done.returncode:
             raise RuntimeError(f"rabbitmqctl {' '.join(arguments)} failed: {done.stdout}{done.stderr}")
         return done.stdout
+
+    def held(self, queue: str) -> int:
+        """How many messages of a quorum queue consumers hold, as its leader counts now; what is listed is old."""
+        if self._probe is None or self._probe.poll() is not None:
+            self._probe = subprocess.Popen(
+                ["erl", "-noinput", "-sname", f"probe{self.port}@localhost", "-eval", _PROBE % self.port],
+                env={**os.environ, **self.environment()}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        assert self._probe.stdin is not None
+        assert self._probe.stdout is not None
+        self._probe.stdin.write(queue + "\n")
+        self._probe.stdin.flush()
+        return int(self._probe.stdout.readline())
 
     def rows(self, what: str, *columns: str) -> list[dict[str, object]]:
         """What `rabbitmqctl list_…` lists."""

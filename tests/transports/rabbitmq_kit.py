@@ -17,6 +17,7 @@ import pika
 from sluiceway.testing.acceptance import Broker
 from sluiceway.transport import Transport
 from sluiceway.transports.rabbitmq import RabbitMQTransport
+from tests.servers.proxy import Proxy
 from tests.servers.rabbitmq import RabbitMQServer
 
 
@@ -48,15 +49,29 @@ class RabbitMQBroker(Broker):
     late = 10.0
     topics = 1_000
 
-    def __init__(self, server: RabbitMQServer) -> None:
+    def __init__(self, server: RabbitMQServer, proxy: Proxy | None = None) -> None:
         self.server = server
+        self.proxy = proxy
         self.exchange = f"t{uuid.uuid4().hex[:10]}"
 
-    def url(self) -> str:
-        return f"{self.server.url()}?exchange={self.exchange}&max_payload=100000"
+    def url(self, port: int | None = None) -> str:
+        port = self.server.port if port is None else port
+        return f"amqp://guest:guest@127.0.0.1:{port}/%2F?exchange={self.exchange}&max_payload=100000"
 
     def client(self) -> Transport:
-        return RabbitMQTransport(self.url())
+        """One whose connections go through the proxy, where there is one."""
+        return RabbitMQTransport(self.url(None if self.proxy is None else self.proxy.port))
+
+    async def interrupt(self) -> None:
+        assert self.proxy is not None
+        await asyncio.to_thread(self.proxy.cut)
+
+    async def restart(self) -> None:
+        await asyncio.to_thread(self.server.kill)
+        await asyncio.to_thread(self.server.start)
+
+    async def held(self, topic: str, group: str) -> int:
+        return await asyncio.to_thread(self.server.held, f"{self.exchange}|{group}|{topic}")
 
     async def publish_raw(self, topic: str, body: bytes, headers: Mapping[str, bytes] = {}) -> None:
         connection = pika.BlockingConnection(pika.URLParameters(self.server.url()))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from sluiceway.testing.acceptance import *  # noqa: F403  # the tests
 from sluiceway.testing.acceptance import TESTS, Broker
+from tests.servers.proxy import Proxy
 from tests.transports.rabbitmq_kit import RabbitMQBroker, shared_server
 
 
 @pytest.fixture
-def broker() -> Broker:
-    return RabbitMQBroker(shared_server())
+def broker() -> Iterator[Broker]:
+    server = shared_server()
+    with Proxy(server.port) as proxy:
+        yield RabbitMQBroker(server, proxy)
 
 
 # What AMQP does not say. `backlog` answers what it can: messages that are due, and no age before one was received.

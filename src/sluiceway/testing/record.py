@@ -41,16 +41,15 @@ class Delivery(Struct, kw_only=True, eq=False):
     batch: Batch[Any] | None = None
     lost: bool = False
     at: float = 0.0
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.error = self.message.error  # which the message has only until it is settled
 
     @property
     def value(self) -> Any:
         """What the handler returned; None when it failed."""
         return self.message.value
-
-    @property
-    def error(self) -> BaseException | None:
-        """What failed the message; None when nothing did."""
-        return self.message.error
 
     @property
     def attempt(self) -> int:
