@@ -82,12 +82,12 @@ def sqlite(folder: str, scale: float) -> dict[str, float]:
 def two_processes(url: str, scale: float, samples: int = 250, idle: float = 5.0) -> dict[str, float]:
     """One process publishes, another consumes; before that, what the consumer needs in `idle` seconds of nothing."""
     unpin()
-    topic = f"idle-{os.getpid()}"
-    given = {"url": url, "topic": topic, "samples": max(10, int(samples * scale)), "idle": idle * scale}
+    topic, samples = f"idle-{os.getpid()}", max(10, int(samples * scale))
+    given = {"url": url, "topic": topic, "samples": samples, "idle": idle * scale}
     with started([json.dumps(["bench.latency:consumer", given, False, True, 55])], session=False) as other:
         assert other.stdout is not None
         cpu = float(other.stdout.readline() or "nan")
-        published = asyncio.run(_publish(url, topic, given["samples"]))
+        published = asyncio.run(_publish(url, topic, samples))
         out, err = other.communicate(timeout=30)
         assert other.returncode == 0, err
     settled: list[float] = json.loads(out.strip().splitlines()[-1])["settled"]

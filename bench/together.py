@@ -38,7 +38,8 @@ def rate(call: str, given: Sequence[dict[str, Any]], count: int) -> float:
     ended = [json.loads(out.strip().splitlines()[-1]) for out, _ in outs]
     settled = sum(one["settled"] for one in ended)
     assert settled == count, f"{settled} of {count} were settled"
-    return count / (max(one["last"] for one in ended) - began)
+    last: float = max(one["last"] for one in ended)
+    return count / (last - began)
 
 
 async def work(app: App, gate: Pause, count: int) -> dict[str, float]:

@@ -18,12 +18,12 @@ from ..payload import Order, decode, encode, handle
 
 COUNT = 1_000  # entries per read
 
-pack = hiredis.pack_command
+pack: Callable[[Any], bytes] = hiredis.pack_command
 
 
 async def _wire(url: str) -> Wire:
-    where = urlsplit(url)
-    _, wire = await asyncio.get_running_loop().create_connection(Wire, where.hostname, where.port)
+    port = urlsplit(url).port or 6379
+    _, wire = await asyncio.get_running_loop().create_connection(Wire, "127.0.0.1", port)
     return wire
 
 

@@ -57,7 +57,7 @@ PEERS = (
     Peer("sluiceway", "nats", _SLUICEWAY, batch=True),
     Peer("faststream", "nats", f"pull of 100, max_workers 10; {_FASTSTREAM}"),
     Peer("faststream", "nats", f"pull of 100; {_FASTSTREAM}", batch=True),
-    Peer("taskiq", "nats", f"pull of 100; {_TASKIQ}"),
+    Peer("taskiq", "nats", f"pull of 100, for 1 s; {_TASKIQ}"),
     Peer("sluiceway", "rabbitmq", _SLUICEWAY),
     Peer("sluiceway", "rabbitmq", _SLUICEWAY, batch=True),
     Peer("faststream", "rabbitmq", f"quorum queue, prefetch 100; {_FASTSTREAM}"),

@@ -24,7 +24,7 @@ _PROBE = """
         {ok, Queue} = rpc:call(Node, rabbit_amqqueue, lookup, [{resource, <<"/">>, queue, Name}]),
         Leader = rpc:call(Node, amqqueue, get_pid, [Queue]),
         {ok, {_, Held}, _} = rpc:call(Node, ra, local_query, [Leader, fun rabbit_fifo:query_messages_checked_out/1]),
-        io:format("~b~n", [maps:size(Held)]),
+        io:format("~b~n", [Held]),
         Again(Again)
     end,
     Ask(Ask).
@@ -145,8 +145,9 @@ class RabbitMQServer(Server):
         """How many messages of a quorum queue consumers hold, as its leader counts now; what is listed is old."""
         if self._probe is None or self._probe.poll() is not None:
             self._probe = subprocess.Popen(
-                ["erl", "-noinput", "-sname", f"probe{self.port}@localhost", "-eval", _PROBE % self.port],
-                env={**os.environ, **self.environment()}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                ["erl", "-noshell", "-sname", f"probe{self.port}@localhost", "-eval", _PROBE % self.port],
+                env={**os.environ, **self.environment()}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.folder,
+                text=True,
             )  # fmt: skip
         assert self._probe.stdin is not None
         assert self._probe.stdout is not None

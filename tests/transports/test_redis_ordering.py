@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sluiceway.errors import TransportError
 from sluiceway.message import Message, Outgoing, Settlement
 from sluiceway.transports.redis import RedisSource, RedisTransport
 from tests.servers.redis import RedisServer
@@ -33,7 +34,7 @@ async def ordered(transport: RedisTransport, *topics: str) -> RedisSource:
 
 def lanes(server: RedisServer) -> list[bytes]:
     """The names of all that keeps keys in order."""
-    return sorted(server.ask("KEYS", "sluiceway:lane:*"))
+    return sorted(name for name in server.ask("KEYS", "sluiceway:lane:*") if not name.endswith(b"#seen"))
 
 
 async def nothing(source: RedisSource, seconds: float = 0.2) -> None:
@@ -130,6 +131,7 @@ async def test_other_keys_flow_past_a_long_lane_whose_head_awaits_its_retry(redi
             await source.settle(got, [])
         assert bodies(seen) == numbered(3000)
         assert [seen[0].attempt, seen[1].attempt, seen[0].deliveries] == [2, 1, 2]
+        await nothing(source)
         assert lanes(redis_server) == []
 
 
@@ -145,7 +147,6 @@ async def test_failures_are_counted_where_the_message_lies(redis_server: RedisSe
         assert redis_server.ask("EXISTS", "sluiceway:counts:{t}:g") == 1
         await source.settle([message], [])
         assert redis_server.ask("EXISTS", "sluiceway:counts:{t}:g") == 0
-        assert redis_server.ask("XLEN", "sluiceway:retry:{t}:g") == 0
 
 
 async def test_what_waits_in_a_lane_counts_as_backlog(redis_server: RedisServer) -> None:
@@ -249,7 +250,13 @@ async def test_lost_answers_and_dead_sources_break_no_order(redis_server: RedisS
                         assert set(range(int(message.body))) <= done[key], (key, message.body)
                         done[key].add(int(message.body))
                         acks.append(message)
-                await source.settle(acks, back)
+                for patience in range(100):
+                    try:
+                        await source.settle(acks, back)
+                        break
+                    except TransportError:
+                        assert patience < 50
+                        await asyncio.sleep(0.02)
 
         async def cut() -> None:
             for _ in range(10):

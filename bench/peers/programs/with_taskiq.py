@@ -32,7 +32,7 @@ def made() -> Any:
         from taskiq_nats import PullBasedJetStreamBroker
 
         return PullBasedJetStreamBroker(
-            [URL], subject=TOPIC, stream_name=TOPIC, durable="bench", pull_consume_batch=AHEAD
+            [URL], subject=TOPIC, stream_name=TOPIC, durable="bench", pull_consume_batch=AHEAD, pull_consume_timeout=1
         )
     from taskiq_aio_pika import AioPikaBroker, Exchange, Queue
 
@@ -49,10 +49,12 @@ async def handle(order: Order) -> None:
 
 
 async def main() -> None:
-    await broker.startup()
-    order = Order(**ORDER)
+    producer, order = made(), Order(**ORDER)
+    await producer.startup()
+    kicker = handle.kicker().with_broker(producer)
     for start in range(0, COUNT, 100):
-        await asyncio.gather(*[handle.kiq(order) for _ in range(min(100, COUNT - start))])
+        await asyncio.gather(*[kicker.kiq(order) for _ in range(min(100, COUNT - start))])
+    await producer.shutdown()
     broker.is_worker_process = True
     await run_receiver_task(
         broker, max_async_tasks=100, max_prefetch=AHEAD, ack_time=AcknowledgeType.WHEN_EXECUTED, run_startup=True

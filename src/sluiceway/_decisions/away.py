@@ -16,8 +16,8 @@ class _Away(NamedTuple, Generic[TokenT]):
     """When it comes by itself."""
     token: TokenT | None = None
     """How to call it before that; None: it cannot be, or was."""
-    behind_held: bool = False
-    """Whether it also waits for those that are held."""
+    behind: TokenT | None = None
+    """The last one before it that was held when it was parked: it waits for that one too."""
 
 
 class _Lane(Generic[TokenT]):
@@ -27,11 +27,6 @@ class _Lane(Generic[TokenT]):
         self.held: dict[int, TokenT] = {}
         self.away: dict[int, _Away[TokenT]] = {}
         self.order: list[int] = []  # a heap of the places in `away`, and perhaps of some that have left it
-
-    def add(self, place: int, away: _Away[TokenT]) -> None:
-        if place not in self.away:
-            heappush(self.order, place)
-        self.away[place] = away
 
     def first(self) -> int | None:
         """The first place that is away."""
@@ -68,8 +63,7 @@ class Away(Generic[TokenT]):
         first = lane.first()
         if first is not None and first < place:
             if place in lane.away:
-                self._take(lane, place)
-                lane.add(place, _Away(0.0))  # until it is parked
+                self._put(lane, place, _Away(lane.away[place].due))  # until it is parked again
             return False
         if first == place:
             self._take(lane, place)
@@ -89,15 +83,16 @@ class Away(Generic[TokenT]):
         """It is parked until `due`, unless it is called before. `behind_held`: it also waits until those are settled
         that are held now and come before it; otherwise only for those that are away."""
         if token in self._where:
-            self._leaves(token, _Away(due, token, behind_held))
-            self.parked += 1
+            key, place = self._where[token]
+            held = self._lanes[key].held
+            last = max((other for other in held if other < place), default=None) if behind_held else None
+            self._leaves(token, _Away(due, token, held[last] if last is not None else None))
 
     def expect(self, key: Hashable, place: int, due: float) -> None:
         """One that this source did not send back is away, and comes again at `due`."""
         lane = self._lanes.setdefault(key, _Lane())
         if place not in lane.held:
-            self._take(lane, place)
-            lane.add(place, _Away(due))
+            self._put(lane, place, _Away(due))
 
     def forgets(self, key: Hashable, place: int) -> None:
         """It does not come any more."""
@@ -130,16 +125,15 @@ class Away(Generic[TokenT]):
         if first is None or lane.away[first].token is None:
             return []
         called: list[TokenT] = []
-        held = min(lane.held, default=None)
+        held = set(lane.held.values())
         for place in sorted(lane.away):
             away = lane.away[place]
-            held_up = away.behind_held and held is not None and held < place
-            if away.token is None or held_up or len(called) >= self._most:
+            if away.token is None or away.behind in held or len(called) >= self._most:
                 break
-            if away.due - now > SOON:
+            soon = away.due - now <= SOON
+            if not soon:
                 called.append(away.token)
-            self._take(lane, place)
-            lane.add(place, _Away(away.due))
+            self._put(lane, place, _Away(away.due if soon else now))
         return called
 
     def all_parked(self) -> list[TokenT]:
@@ -152,11 +146,14 @@ class Away(Generic[TokenT]):
     def overdue(self, before: float) -> list[tuple[Hashable, int]]:
         """Those that should have come before a time."""
         return [
-            (key, place)
-            for key, lane in self._lanes.items()
-            for place, away in lane.away.items()
-            if away.due < before
+            (key, place) for key, lane in self._lanes.items() for place, away in lane.away.items() if away.due < before
         ]
+
+    def coming(self, before: float) -> int:
+        """How many come before a time, without those that are parked."""
+        return sum(
+            away.token is None and away.due < before for lane in self._lanes.values() for away in lane.away.values()
+        )
 
     def clear(self) -> None:
         """Forget all: what comes from now on comes in order."""
@@ -178,9 +175,15 @@ class Away(Generic[TokenT]):
         elif place in lane.held:
             return  # it came again meanwhile
         if away is not None:
-            self._take(lane, place)
-            lane.add(place, away)
+            self._put(lane, place, away)
         self._moved.add(key)
+
+    def _put(self, lane: _Lane[TokenT], place: int, away: _Away[TokenT]) -> None:
+        was = lane.away.get(place)
+        if was is None:
+            heappush(lane.order, place)
+        self.parked += (away.token is not None) - (was is not None and was.token is not None)
+        lane.away[place] = away
 
     def _take(self, lane: _Lane[TokenT], place: int) -> None:
         was = lane.away.pop(place, None)

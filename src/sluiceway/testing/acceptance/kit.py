@@ -156,9 +156,9 @@ class Kit:
         assert delay - self.broker.early <= seconds <= delay + self.broker.late, f"came after {seconds:.3f} of {delay}"
 
     def ordered(self, messages: Sequence[Any]) -> list[bytes]:
-        """The bodies as they came, where the transport orders messages; else sorted: order is not promised then."""
+        """The bodies as they came, where the broker orders all of a group; else sorted: order is not promised then."""
         found = bodies(messages)
-        return sorted(found) if self.features.order == "none" else found
+        return found if self.features.order == "group" else sorted(found)
 
     async def __aenter__(self) -> Self:
         await self.broker.open()

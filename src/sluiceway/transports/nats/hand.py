@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import time
@@ -14,13 +13,14 @@ import msgspec
 from ..._decisions.suspicion import suspicions_now
 from ...errors import PayloadTooLarge, TransportError
 from ...message import Message, Refused, Settlement
-from .connection import ApiError, Connection, Request, Unanswered, read_answer, status
+from .connection import Connection, Request, Unanswered, status
 from .consumers import Consumer, Consumers
 from .headers import Delivery, Note, path_of, read_delivery
+from .notes import note_subject, read_notes
+from .order import Order
 from .publishing import Publisher
 from .renewer import Leases, Token
-from .streams import NOTE, NOTES
-from .wire import Frame
+from .streams import NOTES
 
 log = logging.getLogger("sluiceway.nats")
 
@@ -38,6 +38,7 @@ class Hand:
         self.held: dict[Token, Message[Any]] = {}
         self.noted: set[Token] = set()
         self.delayed = 0
+        self.order: Order | None = None
         self.consumers: Sequence[Consumer] = ()
         self._connection = connection
         self._publisher = publisher
@@ -76,7 +77,7 @@ class Hand:
         if not lost:
             return list(messages)
         for message in lost:
-            self.forget(message.token)
+            self.lose(message.token)
             refused.append(Refused(message, "lost", "its lease is over"))
         return [message for message in messages if message not in lost]
 
@@ -108,7 +109,10 @@ class Hand:
         notes: list[Request] = []
         for one in back:
             message, delivery = one.message, read_delivery(one.message.token[0])
-            if one.delay > 0:
+            delay = one.delay
+            if one.outcome == "park" and self.order is not None and message.key is not None:
+                delay = self.order.patience(message.token)
+            elif delay > 0:
                 consumer = next((other for other in self.consumers if other.name == delivery.consumer), None)
                 limit = self._connection.settings.max_delayed
                 if consumer is not None and consumer.held + self.delayed >= limit:
@@ -122,14 +126,18 @@ class Hand:
             else:
                 failures, suspicions = message.failures, message.suspicions
                 released = delivery.count - message.deliveries + 1
-            due = now + one.delay if one.delay > 0 else 0.0
-            notes.append(self._note(delivery, Note(failures, suspicions, released, due)))
-            body = b'-NAK {"delay": %d}' % int(one.delay * 1e9) if one.delay > 0 else b"-NAK"
+            due = now + delay if delay > 0 and one.outcome != "park" else 0.0
+            notes.append(self._note(message, delivery, Note(failures, suspicions, released, due)))
+            body = b'-NAK {"delay": %d}' % int(delay * 1e9) if delay > 0 else b"-NAK"
             naks.append((delivery.seq, message.token, body))
+            if self.order is not None:
+                self.order.goes(one, delay)
         await self._confirm_notes(notes)
         return [(token, body) for _, token, body in sorted(naks)]  # they come again in the order of the naks
 
-    def _note(self, delivery: Delivery, note: Note) -> Request:
+    def _note(self, message: Message[Any], delivery: Delivery, note: Note) -> Request:
+        if self.order is not None and message.key is not None:
+            note.key = message.key.encode("utf-8", "surrogateescape")
         return (_note_subject(delivery), b"", msgspec.json.encode(note))
 
     async def _confirm_notes(self, notes: Sequence[Request]) -> None:
@@ -160,6 +168,8 @@ class Hand:
             await self._drop_notes([token for token in ended if token in self.noted])
         for token, _ in naks:
             self.forget(token)
+        if self.order is not None:
+            self.order.ended(ended)
         return gone
 
     async def _look_for(self, unheard: Mapping[bytes, bytes]) -> set[bytes]:
@@ -186,6 +196,12 @@ class Hand:
         except Unanswered as error:
             log.debug("%d notes stay for now: %s", len(tokens), error)
 
+    def lose(self, token: Token) -> None:
+        """Its lease is over: it comes again, to us or to others."""
+        self.forget(token)
+        if self.order is not None:
+            self.order.lost(token)
+
     def forget(self, token: Token) -> None:
         self.held.pop(token, None)
         self.noted.discard(token)
@@ -198,28 +214,14 @@ class Hand:
         delivery = read_delivery(message.token[0])
         deliveries = 1 + message.failures + suspicions
         note = Note(message.failures, suspicions, delivery.count - deliveries)
-        await self._confirm_notes([self._note(delivery, note)])
+        await self._confirm_notes([self._note(message, delivery, note)])
         self.noted.add(message.token)
         message.suspicions, message.deliveries, message.suspect = suspicions, deliveries, False
         return True
 
     async def read_notes(self, deliveries: Sequence[Delivery]) -> list[Note | None]:
-        body = [json.dumps({"last_by_subj": _note_subject(one)}).encode() for one in deliveries]
-        answers = await self._connection.ask([(f"$JS.API.STREAM.MSG.GET.{NOTES}", b"", one) for one in body])
-        return [_read_note(answer) for answer in answers]
+        return await read_notes(self._connection, [_note_subject(one) for one in deliveries])
 
 
 def _note_subject(delivery: Delivery) -> str:
-    return f"{NOTE}{delivery.stream}.{delivery.consumer}.{delivery.seq}"
-
-
-def _read_note(answer: Frame) -> Note | None:
-    try:
-        stored = read_answer(answer, "read a note")["message"]
-        return msgspec.json.decode(base64.b64decode(stored["data"]), type=Note)
-    except ApiError as error:
-        if error.code == 404:
-            return None
-        raise
-    except (KeyError, ValueError):
-        return None
+    return note_subject(f"{delivery.stream}.{delivery.consumer}", delivery.seq)

@@ -114,9 +114,10 @@ def _seconds(text: str) -> float:
 
 class Note(Struct, omit_defaults=True):
     """What is written down of a message that went back. `released`: hand-overs that count nothing; `due`: when it may
-    be handled."""
+    be handled; `key`: its key, where the source keeps order."""
 
     failures: int = 0
     suspicions: int = 0
     released: int = 0
     due: float = 0.0
+    key: bytes | None = None

@@ -93,9 +93,11 @@ class Pulls:
             await self.cancel()
 
     async def _linger(self) -> None:
-        while self._open and not (self.arrived or self.stopped() or self.trouble):
+        while self._open and not (self.arrived or self.stopped() or self.trouble or self.silent):
             heard = self._heard
-            done = await self._until(lambda: bool(self.arrived or self.stopped() or not self._open), 2 * self.beat + 1)
+            done = await self._until(
+                lambda: bool(self.arrived or self.stopped() or self.silent or not self._open), 2 * self.beat + 1
+            )
             if not done and self._heard == heard:  # two heartbeats missed
                 self.silent = True
                 await self.cancel()

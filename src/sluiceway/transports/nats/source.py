@@ -22,6 +22,8 @@ from .connection import ApiError, Connection
 from .consumers import Consumer, Consumers, belongs
 from .hand import Hand
 from .headers import Delivery, read_delivery, read_headers, stored_at
+from .notes import sweep
+from .order import Order
 from .publishing import Publisher
 from .pulls import BEAT, Pulls
 from .renewer import Leases, NATSRenewer, Token, share
@@ -31,6 +33,7 @@ from .wire import Frame
 log = logging.getLogger("sluiceway.nats")
 
 POLL = 5.0  # seconds between looks at the consumers; what a deleted one repeats was acked since the last look
+SWEEP = 120  # looks after which notes are deleted that have no message any more
 
 _numbers = count(1)
 
@@ -65,7 +68,10 @@ class NATSSource:
         self._left: list[Message[Any]] = []  # came, and no receive has returned them yet
         self._pulls = Pulls(connection, next(_numbers))
         self._pulls.stopped = lambda: self._stopped or not self._window or not connection.up.is_set()
-        self._poller: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._order: Order | None = None
+        self._notes_before = 0
+        self._others_until = 0.0  # till then what others had in hand when this source was opened may come again
 
     async def open(self) -> None:
         """Make the consumers. Once, before anything else."""
@@ -77,9 +83,15 @@ class NATSSource:
         share(leases)
         self._hand = Hand(self._connection, self._publisher, leases, self._gone)
         self._hand.consumers = self._consumers
+        if self.subscription.order_by is not None:
+            self._order = self._hand.order = Order(self._connection, lease)
+            self._notes_before = await self._order.recall(self._consumers)
+            if sum(consumer.held for consumer in self._consumers) > self._notes_before:
+                self._others_until = time.monotonic() + lease
+            self._tasks.append(asyncio.create_task(self._order.watch()))
         self.renewer: Callable[[], Renewer] | None = partial(NATSRenewer, self._connection.settings, lease, leases.id)
         self._connection.listeners.add(self._on_change)
-        self._poller = asyncio.create_task(self._poll())
+        self._tasks.append(asyncio.create_task(self._poll()))
 
     async def resume(self, *, first: bool = False) -> None:
         """Look where the topics are, and make the consumers that are missing; one that was seen before goes on behind
@@ -97,6 +109,8 @@ class NATSSource:
         if self._patterns:
             streams = {consumer.stream for consumer in found}
             self._siblings = {stream: await self._made.siblings(stream, group) for stream in streams}
+        if self._order is not None and {one.created for one in found} != {one.created for one in self._consumers}:
+            self._order.clear()
         self._consumers = found
         if not first:
             self._hand.consumers = found
@@ -114,6 +128,9 @@ class NATSSource:
             rounds += 1
             heard = (len(self._hand.held), self._pulls.reads)
             try:
+                if rounds % SWEEP == 0:
+                    for consumer in await self._look():
+                        await sweep(self._connection, consumer.path, consumer.floor)
                 if self._patterns and rounds % 6 == 0:
                     await self.resume()
                 elif heard != seen:
@@ -123,7 +140,7 @@ class NATSSource:
                 log.debug("looking at the consumers of %s: %s", self.subscription.topics, error)
             self._renew_waiting()
             for token in [token for token in self._hand.held if self._hand.leases.lost(token)]:
-                self._hand.forget(token)
+                self._hand.lose(token)
 
     def _renew_waiting(self) -> None:
         """Renew what no receive has returned yet: the runtime does not know of it."""
@@ -185,12 +202,27 @@ class NATSSource:
             self._streams.forget()
             await self._pulls.rest(0.25)  # where a stream goes, its consumers go first
             await self.resume()
+        if self._order is not None:
+            demand = self._order.demand(demand)
+            if demand <= 0 or await self._others_may_have_earlier():
+                await self._pulls.rest(0.2)
+                return
         if not self._pulls.arrived:
             await self._pulls.pull(self._consumers, demand, self._max_bytes)
         arrived = self._pulls.arrived[:]
         messages = await self._make(arrived)  # when it raises, what arrived stays and is made again
         del self._pulls.arrived[: len(arrived)]
         self._left += messages
+
+    async def _others_may_have_earlier(self) -> bool:
+        """Whether a process may have died with messages in hand, which come before others of their keys. Others that
+        live and have some look the same, so that is waited for no longer than a lease, once."""
+        if not self._others_until:
+            return False
+        held = sum(consumer.held for consumer in await self._look())
+        if held <= self._notes_before or time.monotonic() >= self._others_until:
+            self._others_until = 0.0
+        return bool(self._others_until)
 
     @property
     def _max_bytes(self) -> int:
@@ -246,6 +278,10 @@ class NATSSource:
         if again:
             late = await self._look_up(again)
             messages = [message for message in messages if message not in late]
+        if self._order is not None:
+            messages, early = self._order.sort(messages)
+            if early:
+                await self.settle((), early)
         return messages
 
     def _name(self, subject: bytes) -> str:
@@ -274,6 +310,8 @@ class NATSSource:
             message.deliveries = max(1, delivery.count - (note.released if note is not None else 0))
             message.suspect = is_suspect(message.deliveries, message.failures, message.suspicions)
             if due > now:
+                if self._order is not None and note is not None:
+                    self._order.expect(message, due - now)
                 late.append(Settlement(message, "release", delay=due - now))
         if late:
             await self.settle((), late)
@@ -356,9 +394,9 @@ class NATSSource:
             return
         self.stop()
         self.closed = True
-        if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.wait([self._poller])
+        for task in self._tasks:
+            task.cancel()
+            await asyncio.wait([task])
         await self._pulls.cancel()
         self._connection.listeners.discard(self._on_change)
         try:
@@ -366,6 +404,8 @@ class NATSSource:
                 await self._make(self._pulls.arrived)
             kept = {message.token for message in keep}
             await self._release([message for token, message in self._hand.held.items() if token not in kept])
+            if self._order is not None:
+                self._order.release()
         except TransportError as error:
             log.warning(
                 "closing the source of %s: %s; the %d messages that it holds come back when their leases end",

@@ -9,6 +9,7 @@ of it. Two streams are ours, one per account: `sluiceway-dead` has the dead lett
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,15 @@ from ...errors import TransportError
 from ...transport import Finding
 from .connection import ApiError, Connection
 
+log = logging.getLogger("sluiceway.nats")
+
 DEAD, NOTES = "sluiceway-dead", "sluiceway-notes"
 _DEAD = "_sluiceway.dead."
 NOTE = "_sluiceway.note."
 _ANY = "_sluiceway.any"  # a stream must have a subject
 _OURS = {DEAD: f"{_DEAD}>", NOTES: f"{NOTE}>"}
 NO_STREAM, _OVERLAP = 10059, 10065
+_REST = 1.0  # seconds before a stream that is gone is made anew
 
 
 def subject_of(topic: str) -> str:
@@ -64,15 +68,18 @@ class Streams:
         self._connection = connection
         self._settings = connection.settings
         self._known: set[str] = set()  # subjects of streams
+        self._seen: set[str] = set()  # streams that were there once
         self._lock = asyncio.Lock()
 
     async def info(self, stream: str) -> dict[str, Any] | None:
         try:
-            return await self._connection.api(f"STREAM.INFO.{stream}")
+            found = await self._connection.api(f"STREAM.INFO.{stream}")
         except ApiError as error:
             if error.number == NO_STREAM:
                 return None
             raise
+        self._seen.add(stream)
+        return found
 
     async def having(self, subject: str) -> list[str]:
         """The streams that may have messages of a subject or filter, but for what others keep under `$`, and notes."""
@@ -136,7 +143,11 @@ class Streams:
         raise TransportError(f"cannot add {subject!r} to the NATS stream {stream!r}: another process changes it too")
 
     async def _make(self, stream: str, subjects: list[str]) -> None:
-        """Make a stream unless it is there."""
+        """Make a stream unless it is there. One that somebody has just deleted is gone before its files are: the server
+        (2.9) would delete those of the new one with them, and all that was published to it."""
+        if await self.info(stream) is None and stream in self._seen:
+            log.warning("the NATS stream %r is gone; making it anew in %g s", stream, _REST)
+            await asyncio.sleep(_REST)
         if await self.info(stream) is not None:
             return
         mine = stream == self._settings.stream
@@ -158,6 +169,7 @@ class Streams:
         except ApiError:
             if await self.info(stream) is None:
                 raise
+        self._seen.add(stream)
 
     # -- consumers
 

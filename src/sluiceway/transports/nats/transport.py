@@ -171,10 +171,10 @@ def _features(max_payload: int) -> Features:
     return Features(
         durable=True,
         retains=True,
-        order="none",
+        order="process",
         delay="native",
         atomic=False,
-        park=False,
+        park=True,
         release=True,
         lease=True,
         max_payload=max(1, max_payload - RESERVE),

@@ -7,7 +7,8 @@ string), the topic's own `due`, and `lane`, with which the names of what keeps k
 
 A lane is what the group knows of one ordering key: `lane#waits#<key>` and `lane#held#<key>`, sorted sets of places. A
 place is an entry's id, written so that places sort as ids do. What is pending, and with whom, is the truth, and lanes
-are its index: a place found in the wrong set goes to the right one. `lane#open#` has the keys of which somebody may
+are its index: a place found in the wrong set goes to the right one, and once per lease all lanes in which something
+waits (`lane#keys`, a set) are looked at, so that none stays shut for what another program did. `lane#open#` has the keys of which somebody may
 take something, `lane#open#<consumer>` those of which only he may, since he holds some of them.
 """
 

@@ -60,7 +60,12 @@ class Reception:
         self._subscription = subscription
         self._lease = lease
         self._ordered = subscription.order_by is not None
-        self._behind: list[list[bytes]] = []  # per topic: where the streams ended, when there was nothing to take
+        self._waking = [(of[0], of[1], of[1] + "#wake") for of in self.keys_of]  # streams to wait at for messages in order
+        self._behind: dict[str, bytes] = {}  # where these ended, when there was nothing to take
+        self._turn = 0  # which topic is first
+        self.taking = asyncio.Lock()
+        """In order: held from when messages are asked for until they are handed on. What goes back meanwhile would not
+        be known of there, nor they here, and they could pass it: so neither is sent while the other is under way."""
         self._retention = -1 if retention == float("inf") else ms(retention)
         self._may_hold = may_hold
         self._on_lost = on_lost
@@ -123,7 +128,8 @@ class Reception:
             await self._recover(wire)
             self._recover_at = now + self._lease / 3
         if self._ordered or now >= self._tend_at or (self._busy and now >= self._tend_busy_at):
-            found = await self._tend(wire, want, now)
+            async with self.taking:
+                found = await self._tend(wire, want, now)
             if found or not self._may_hold():
                 return found
         if self._busy and want >= len(self.topics):
@@ -155,10 +161,8 @@ class Reception:
             if not self._may_wait():
                 return []
             if self._ordered:
-                streams = [key for of in self.keys_of for key in (of[0], of[1], of[1] + "#wake")]
-                behind = [one for each in self._behind for one in each]
-                await wire.ask("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", *streams, *behind,
-                               seconds=block / 1000 + 10)  # fmt: skip
+                read = ("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", *self._behind, *self._behind.values())
+                await wire.ask(*read, seconds=block / 1000 + 10)
                 return []
             if want >= len(self._streams):
                 return await self._read(wire, self._streams, want // len(self._streams), "BLOCK", block)
@@ -216,9 +220,12 @@ class Reception:
             for of in self.keys_of:
                 await wire.run(TRIM, of, self.group, self._retention)
         bells, self._bells = self._bells, {}
-        self._behind = []
+        self._behind = {}
         reap = int(now >= self._reap_at)
-        for at, of in enumerate(self.keys_of):
+        self._turn += 1
+        for at in range(len(self.topics)):
+            at = (at + self._turn) % len(self.topics)
+            of = self.keys_of[at]
             room = min(want - len(found), self._fitting())
             heard = bells.get(of[1], ())
             answer = await wire.run(TAKE if self._ordered else TEND, of, self.group, self.consumer, ms(self._lease), room, reap, 0, *heard)
@@ -226,7 +233,8 @@ class Reception:
                 await self.lost(wire, "the lease was lost")
                 return []
             _, soonest, more, gone, taken, *behind = answer
-            self._behind += behind
+            for key, last in zip(self._waking[at], behind and behind[0], strict=False):
+                self._behind[key] = last
             if gone:
                 log.error("%d messages of %r were deleted from the stream before group %r had handled them: by XDEL, "
                           "or by XTRIM or MAXLEN of another program", gone, self.topics[at], self.group)  # fmt: skip

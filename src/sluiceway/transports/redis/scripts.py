@@ -35,6 +35,9 @@ for i = 4, #ARGV do
   local function to(consumer, delivered)
     call('XCLAIM', stream, group, consumer, 0, id, 'RETRYCOUNT', delivered, 'JUSTID')
   end
+  local function leave()
+    if op[7] ~= '' and unhand(lane, op[7]:sub(2), which, id, me) then woken[retry] = true end
+  end
   local function back(delivered)
     if delay > 0 then
       to(LATER, delivered)
@@ -60,14 +63,15 @@ for i = 4, #ARGV do
     elseif what == 'park' then
       to(PARKED, math.max(0, p[4] - 1))
       call('ZADD', lane .. '#waits#' .. op[7]:sub(2), 0, place_of(which, id))
+      call('SADD', lane .. '#keys', op[7]:sub(2))
+      leave()
     else
       if what == 'retry' then put(retry, delay, due, op[6], '') end
       finish(stream, group, id, which == 2)
       call('HDEL', counts, which .. id, 'f' .. which .. id)
+      leave()
     end
   end
-  local ends = what ~= 'release' and what ~= 'again'
-  if ends and op[7] ~= '' and unhand(lane, op[7]:sub(2), which, id, me) then woken[retry] = true end
 end
 for retry in pairs(woken) do wake(retry) end
 for retry in pairs(bells) do ring(retry) end

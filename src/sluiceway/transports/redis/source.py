@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -65,8 +66,8 @@ class RedisSource:
         self._topics = topics
         self._group = group
         self._line = line
-        ordered = subscription.order_by is not None
-        checks: dict[str, Any] = {"ordered": ordered, "max_payload": limits.max_payload, "replicas": limits.replicas}
+        self._ordered = subscription.order_by is not None
+        checks: dict[str, Any] = {"ordered": self._ordered, "max_payload": limits.max_payload, "replicas": limits.replicas}
         self._settling = Settling(keys, group, topics, "others", **checks)
         self._acking = Settling(keys, group, topics, "acks", **checks)  # the runtime calls both at once
         self._window = subscription.window
@@ -107,7 +108,7 @@ class RedisSource:
 
     def _count(self, demand: int) -> int:
         """How many of those that are left one receive returns."""
-        if self._reception.bytes_each * len(self._left) <= self._subscription.max_bytes:
+        if self._ordered or self._reception.bytes_each * len(self._left) <= self._subscription.max_bytes:
             return demand
         count, size = 0, 0
         for message in self._left[:demand]:
@@ -214,7 +215,8 @@ class RedisSource:
                 refused.append(Refused(one.message, "rejected", why))
             else:
                 ours.append(one)
-        refused += await settling.settle(self._line.wire, self._reception.consumer, ours)
+        async with self._reception.taking if self._ordered else nullcontext():
+            refused += await settling.settle(self._line.wire, self._reception.consumer, ours)
         if any(one.outcome in ("release", "retry", "park") and not one.delay for one in ours):
             self._reception.look_again()
         return refused

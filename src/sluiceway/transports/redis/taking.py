@@ -83,7 +83,7 @@ for i, stream in ipairs(streams) do
         local key = take(i, p[1], p[4] + 1)
         if key then
           call('ZREM', lane .. '#waits#' .. key, place_of(i, p[1]))
-          if unhand(lane, key, i, p[1], '') then wake(retry) end
+          if unhand(lane, key, i, p[1], '') then wake(retry) else call('SREM', lane .. '#keys', key) end
         end
       end
     end
@@ -139,7 +139,7 @@ local function visit(key)  -- take what may be taken of a lane; offer what is le
   local waits, held = lane .. '#waits#' .. key, lane .. '#held#' .. key
   while true do
     local head = call('ZRANGE', waits, 0, 0)[1]
-    if not head then return end
+    if not head then return call('SREM', lane .. '#keys', key) end
     if steps > STEPS then return offer(lane, key, owner or '') end
     local which, id = entry_of(head)
     local p, still = pending(which, id)
@@ -164,6 +164,7 @@ local function join(key, which, id, delivered)  -- to its lane
   call('ZREM', lane .. '#held#' .. key, place)
   call('ZADD', lane .. '#waits#' .. key, 0, place)
   call('ZADD', lane .. '#open#', place:sub(1, 20), key)
+  call('SADD', lane .. '#keys', key)
 end
 local function arrived(which, id, fields)
   steps = steps + 1
@@ -200,6 +201,9 @@ if want > 0 then
         if key then join(key, i, p[1], p[4]) else take(i, p[1], p[4] + 1) end
       end
     end
+  end
+  if call('SET', lane .. '#seen', '1', 'NX', 'PX', lease) then
+    call('ZUNIONSTORE', lane .. '#open#', 2, lane .. '#open#', lane .. '#keys', 'AGGREGATE', 'MIN')
   end
   visit_all(lane .. '#open#' .. me)
   visit_all(lane .. '#open#')

@@ -1,0 +1,147 @@
+"""`order_by`: what came too early waits at the server, behind an earlier message of its key that is away.
+
+The place of a message is its number in its stream. What waits was sent back for a while, and is called before its time
+by sending it back once more, at once. Where other processes take what this one waits for, their acks delete its note;
+and when one does not come in time, nothing waits for it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..._decisions.away import Away
+from ...errors import TransportError
+from ...message import Message, Settlement
+from .connection import Connection
+from .consumers import Consumer
+from .headers import read_delivery
+from .notes import note_subject, noted, read_notes
+from .renewer import Token
+
+log = logging.getLogger("sluiceway.nats")
+
+PARKED = 30.0  # seconds after which what waits comes by itself
+MOST = 10_000  # parked messages, beyond which only what comes back is asked for
+LATE = 1.5  # seconds that what is due may take until its note is looked at
+
+Lane = tuple[str, str]
+"""The path of a consumer, and a key: other streams number their messages anew."""
+
+
+class Order:
+    """What one source knows of its keys. It asks the server nothing but what became of what does not come."""
+
+    def __init__(self, connection: Connection, lease: float) -> None:
+        self._connection = connection
+        self._lease = lease
+        self._away: Away[Token] = Away()
+        self._early: set[Token] = set()  # came too early: they wait for what is away, and not for what is in hand
+
+    def sort(self, messages: list[Message[Any]]) -> tuple[list[Message[Any]], list[Settlement]]:
+        """Those that may be handed out, in their order, and parks for those that came too early."""
+        placed = sorted((_place(message), number) for number, message in enumerate(messages))
+        out: list[Message[Any]] = []
+        early: list[Settlement] = []
+        for (path, seq), number in placed:
+            message = messages[number]
+            if message.key is None or self._away.comes((path, message.key), seq, message.token):
+                out.append(message)
+            else:
+                self._early.add(message.token)
+                early.append(Settlement(message, "park", counted=False))
+        self._call()
+        return out, early
+
+    def expect(self, message: Message[Any], seconds: float) -> None:
+        """It is not due yet, and is being sent back."""
+        if message.key is not None:
+            path, seq = _place(message)
+            self._away.expect((path, message.key), seq, time.monotonic() + seconds)
+
+    def patience(self, token: Token) -> float:
+        """Seconds for which to park a message: until what it waits for is due, and longer than we need to call it."""
+        now = time.monotonic()
+        return self._away.next_due(token, now + PARKED - 1.0) + 1.0 - now
+
+    def goes(self, settlement: Settlement, delay: float) -> None:
+        """It is about to be sent back."""
+        token, due = settlement.message.token, time.monotonic() + delay
+        if settlement.outcome == "park":
+            self._away.parks(token, due, behind_held=token not in self._early)
+        else:
+            self._away.goes(token, due)
+        self._early.discard(token)
+
+    def ended(self, tokens: Sequence[Token]) -> None:
+        """These are settled, and others may have been sent back: call what waited for them."""
+        for token in tokens:
+            self._away.ends(token)
+        self._call()
+
+    def lost(self, token: Token) -> None:
+        self._away.goes(token, time.monotonic() + 1.0)
+
+    def clear(self) -> None:
+        """The consumer is a new one, and hands all out again in order."""
+        self._away.clear()
+
+    def demand(self, demand: int) -> int:
+        """How many to ask for: where very many wait, only those that come back, which the server hands out first."""
+        if self._away.parked < MOST:
+            return demand
+        return min(demand, self._away.coming(time.monotonic()))
+
+    def _call(self) -> None:
+        called = self._away.calls(time.monotonic())
+        if called:
+            self._connection.write(b"".join([b"PUB %b 4\r\n-NAK\r\n" % reply for reply, _ in called]))
+
+    def release(self) -> None:
+        """Call all that wait: this source ends."""
+        tokens = self._away.all_parked()
+        self._connection.write(b"".join([b"PUB %b 4\r\n-NAK\r\n" % reply for reply, _ in tokens]))
+        self.clear()
+
+    async def watch(self) -> None:
+        """Look again and again, for as long as the source is open."""
+        while True:
+            await asyncio.sleep(LATE)
+            try:
+                await self._look()
+            except TransportError as error:
+                log.debug("looking at what does not come: %s", error)
+
+    async def _look(self) -> None:
+        """See what became of what does not come: without a note it is settled; and a lease later it is not waited for
+        any more, whoever has it."""
+        now = time.monotonic()
+        late: list[Any] = self._away.overdue(now - LATE)
+        if late:
+            notes = await read_notes(self._connection, [note_subject(path, seq) for (path, _), seq in late])
+            over = set(self._away.overdue(now - max(self._lease, PARKED) - LATE))
+            for (lane, seq), note in zip(late, notes, strict=True):
+                if note is None or (lane, seq) in over:
+                    self._away.forgets(lane, seq)
+            self._call()
+
+    async def recall(self, consumers: Sequence[Consumer]) -> int:
+        """Read what is away from the notes that others left; returns how many notes there are."""
+        count, now, wall = 0, time.monotonic(), time.time()
+        for consumer in consumers:
+            seqs = [seq for seq in await noted(self._connection, consumer.path) if seq > consumer.floor]
+            notes = await read_notes(self._connection, [note_subject(consumer.path, seq) for seq in seqs])
+            count += len(seqs)
+            for seq, note in zip(seqs, notes, strict=True):
+                if note is not None and note.key is not None:
+                    key = note.key.decode("utf-8", "surrogateescape")
+                    self._away.expect((consumer.path, key), seq, now + max(0.0, note.due - wall))
+        return count
+
+
+def _place(message: Message[Any]) -> tuple[str, int]:
+    delivery = read_delivery(message.token[0])
+    return f"{delivery.stream}.{delivery.consumer}", delivery.seq
