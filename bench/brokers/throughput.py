@@ -80,12 +80,12 @@ async def ours(url: str, scale: float, broker: str, count: int) -> dict[str, flo
     return {"rate": count / elapsed, "window": watch.largest_window}
 
 
-async def limit(url: str, scale: float, broker: str, count: int) -> dict[str, float]:
+async def limit(url: str, scale: float, broker: str, count: int, loop: str = "consume") -> dict[str, float]:
     """The same messages of the same group, taken by hand."""
     count, topic = int(count * scale), new_topic()
     async with filled(url, topic, count):
         pass
-    return {"rate": count / await asyncio.wait_for(by_hand(broker).consume(url, topic, GROUP, count), 60)}
+    return {"rate": count / await asyncio.wait_for(getattr(by_hand(broker), loop)(url, topic, GROUP, count), 60)}
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
@@ -144,7 +144,13 @@ def cases(broker: str, name: str, *, count: int, least: float) -> list[Case]:
         return Job(f"{__name__}:{call}", {**given, **more})
 
     one, two = (Job(f"{__name__}:workers", {"processes": n, "count": 8_000}, pinned=False) for n in (1, 2))
+    bare = [
+        Case(
+            (Figure(f"{name}, against the bare parser"),), job("ours"), job("limit", loop="consume_bare"), server=broker
+        )
+    ]
     return [
+        *(bare if hasattr(by_hand(broker), "consume_bare") else ()),
         Case(
             (Figure(f"{name}, typed 200-byte JSON, gc set", least=least),), job("ours"), job("limit"), server=broker
         ),

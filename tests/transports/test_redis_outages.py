@@ -192,24 +192,29 @@ async def test_stopping_when_the_network_stands_still_ends_promptly(
     await transport.aclose()
 
 
-async def test_a_publish_waits_for_as_many_replicas_as_the_option_says(
-    redis_server: RedisServer, tmp_path: Path
-) -> None:
-    redis_server.ask("FLUSHALL")
-    async with connected(redis_server, replicas=1) as transport:
-        with pytest.raises(PublishError, match="fewer than 1 replicas have it"):
-            await publish(transport, "t", b"a")
-        with RedisServer(tmp_path, {"replicaof": f"127.0.0.1 {redis_server.port}"}) as replica:
-            deadline = time.monotonic() + 15
-            while b"master_link_status:up" not in replica.ask("INFO", "replication"):
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.05)
-            await publish(transport, "t", b"b")
-            assert replica.ask("XLEN", "t") == 2
-            source = await subscribe(transport, "t")
-            others = [Settlement(one, "retry", delay=60) for one in await get(source, 2)]
-            assert not await source.settle([], others)
-            assert replica.ask("ZCARD", "sluiceway:due:{t}:g") == 2
+async def test_a_server_that_wants_replicas_and_has_none_takes_nothing_until_one_is_there(tmp_path: Path) -> None:
+    with RedisServer(make_folder(tmp_path, "primary"), {"min-replicas-to-write": "1"}) as primary:
+        async with connected(primary) as transport:
+            with pytest.raises(PublishError, match="NOREPLICAS") as caught:
+                await publish(transport, "t", b"a", b"b")
+            assert len(caught.value.failed) == 2
+            with RedisServer(make_folder(tmp_path, "replica"), {"replicaof": f"127.0.0.1 {primary.port}"}):
+                deadline = time.monotonic() + 15
+                while b"min_slaves_good_slaves:1" not in primary.ask("INFO", "replication"):
+                    assert time.monotonic() < deadline
+                    await asyncio.sleep(0.05)
+                await publish(transport, "t", b"c")
+                source = await subscribe(transport, "t")
+                assert bodies(await get(source, 1)) == [b"c"]
+                assert not await transport.ensure([], create=True)
+                primary.ask("CONFIG", "SET", "min-replicas-to-write", "0")
+                (finding,) = await transport.ensure([], create=True)
+                assert finding.text.endswith("set `min-replicas-to-write 1`")
+
+
+def make_folder(path: Path, name: str) -> Path:
+    (path / name).mkdir()
+    return path / name
 
 
 async def test_a_server_that_was_away_for_longer_than_a_lease_takes_nothing_from_those_that_live(

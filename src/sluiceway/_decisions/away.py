@@ -56,9 +56,7 @@ class Away(Generic[TokenT]):
 
     def comes(self, key: Hashable, place: int, token: TokenT) -> bool:
         """A message has come: whether it may be handed out. If not, park it."""
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = _Lane()
+        lane = self._lane(key)
         self._where[token] = (key, place)
         first = lane.first()
         if first is not None and first < place:
@@ -84,13 +82,13 @@ class Away(Generic[TokenT]):
         that are held now and come before it; otherwise only for those that are away."""
         if token in self._where:
             key, place = self._where[token]
-            held = self._lanes[key].held
+            held = self._lane(key).held
             last = max((other for other in held if other < place), default=None) if behind_held else None
             self._leaves(token, _Away(due, token, held[last] if last is not None else None))
 
     def expect(self, key: Hashable, place: int, due: float) -> None:
         """One that this source did not send back is away, and comes again at `due`."""
-        lane = self._lanes.setdefault(key, _Lane())
+        lane = self._lane(key)
         if place not in lane.held:
             self._put(lane, place, _Away(due))
 
@@ -162,14 +160,19 @@ class Away(Generic[TokenT]):
         self._moved.clear()
         self.parked = 0
 
+    def _lane(self, key: Hashable) -> _Lane[TokenT]:
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _Lane()
+            self._moved.add(key)  # an empty one goes with the next call
+        return lane
+
     def _leaves(self, token: TokenT, away: _Away[TokenT] | None = None) -> None:
         where = self._where.pop(token, None)
         if where is None:
             return
         key, place = where
-        lane = self._lanes.get(key)
-        if lane is None:
-            return
+        lane = self._lane(key)
         if lane.held.get(place) == token:
             del lane.held[place]
         elif place in lane.held:

@@ -17,7 +17,7 @@ from .inlet import Inlet, Listener
 from .io_thread import IOThread
 from .letters import DUE, STORED, TOPIC, Letter, pack
 from .outlet import Failure, Outlet
-from .topology import RUNG, Declared, Names, rung_for
+from .topology import RUNG, Declared, Names, rung_for, suspects_of
 from .wire import Connection, connect
 
 _SOON = 0.2  # seconds in which what the broker took back comes again
@@ -95,6 +95,8 @@ class Hub:
     def wanted(self, subscription: Subscription) -> list[Declared]:
         group = subscription.group
         topics = [one for topic in subscription.topics for one in self.names.of_topic(group, topic)]
+        if self.passive:  # nobody makes them when they are needed
+            topics += [one for topic in subscription.topics for one in self.names.suspects(self.names.queue(group, topic))]
         return [*self.names.base(), *self.names.of_group(group), *topics]
 
     def inlet(self, subscription: Subscription, queues: Sequence[str], listener: Listener) -> Inlet:
@@ -159,6 +161,11 @@ class Hub:
     async def _have(self, wanted: Sequence[Declared]) -> None:
         if any(one.name not in self.outlet.known for one in wanted):
             await self.io.run(self.outlet.declare(wanted))
+
+    async def to_suspects(self, queue: str, body: bytes, properties: Any, delay: float) -> Letter:
+        """A letter to the suspects of a queue."""
+        await self._have(self.names.suspects(queue))
+        return await self.to_queue(suspects_of(queue), body, properties, delay)
 
     async def to_queue(self, queue: str, body: bytes, properties: Any, delay: float) -> Letter:
         """A letter to one queue."""

@@ -10,14 +10,16 @@ from functools import partial
 from typing import Any, Protocol
 
 from pika.exceptions import AMQPError, ChannelClosedByBroker
+from pika.spec import Basic
 
 from ..._decisions.backoff import reconnect_delay
 from ...errors import TransportError
-from .topology import Declared, declare
+from .topology import Declared, declare, suspects_of
 from .wire import Channel, Connection, Delivery
 
 log = logging.getLogger("sluiceway")
 
+SUSPECTS = "suspects"  # in the place of a consumer's number: what was taken from the suspects of a queue
 _SILENCE = 0.005  # seconds without a push after which a consumer is cancelled
 
 
@@ -58,6 +60,7 @@ class Inlet:
         self._newest = 0  # the last tag that came
         self._acks: list[tuple[int, bool]] = []  # not sent yet
         self._holding = 0  # cancels on their way
+        self._taken: asyncio.Future[None]  # a suspect has arrived, or there is none
 
     async def open(self) -> None:
         """Make what is missing and open a channel; keep one open from then on. Raises TransportError."""
@@ -77,6 +80,7 @@ class Inlet:
         self._channel = channel
         self._consumers = []
         channel.raw.add_on_cancel_callback(self._on_cancel)
+        channel.raw.add_callback(self._on_empty, [Basic.GetEmpty], one_shot=False)
         self._epoch += 1
         epoch = self._epoch
         connection.on_deliveries = partial(self._arrived, epoch)
@@ -166,14 +170,43 @@ class Inlet:
             except AMQPError:
                 pass  # what was acknowledged on an ended channel comes again
 
-    async def waiting(self) -> int:
-        """How many messages wait in the queues."""
+    async def waiting(self, queues: Sequence[str]) -> list[int]:
+        """How many messages wait in each queue; none where there is no such queue."""
         if self._channel is None:
             raise TransportError("RabbitMQ is out of reach")
-        channel = await self.connection.channel_of_its_own()
-        counts = [(await channel.ask("queue_declare", queue, True)).message_count for queue in self.queues]
-        channel.raw.close()
-        return sum(counts)
+        counts = []
+        channel: Channel | None = None
+        for queue in queues:
+            channel = channel or await self.connection.channel_of_its_own()
+            try:
+                counts.append((await channel.ask("queue_declare", queue, passive=True)).message_count)
+            except ChannelClosedByBroker as error:
+                if error.reply_code != 404:
+                    raise
+                counts.append(0)
+                channel = None
+        if channel is not None:
+            channel.raw.close()
+        return counts
+
+    async def take_suspect(self, index: int) -> None:
+        """Take one message of the suspects of queue `index`, if there is one: it has arrived when this returns."""
+        if self._channel is None:
+            raise TransportError("RabbitMQ is out of reach")
+        channel, epoch = self._channel, self._epoch
+        self._taken = asyncio.get_running_loop().create_future()
+        tag = f"{index}.{SUSPECTS}".encode()
+
+        def arrived(_: Any, method: Any, properties: Any, body: bytes) -> None:
+            self._arrived(epoch, [(method.delivery_tag, method.redelivered, "", properties, body, tag)])
+            self._on_empty()
+
+        channel.raw.basic_get(suspects_of(self.queues[index]), arrived)
+        await channel.wait(self._taken)
+
+    def _on_empty(self, *_: Any) -> None:
+        if not self._taken.done():
+            self._taken.set_result(None)
 
     async def close(self) -> None:
         self._closing = True

@@ -8,7 +8,7 @@ Beside the envelope's:
 | `sluiceway-topic` | the topic, where a message goes to one queue | the routing key |
 | `sluiceway-due` | seconds since 1970 before which it is handed to no handler | at once |
 | `sluiceway-deliveries` | how often it was handed over before, without releases | failures + suspicions |
-| `sluiceway-alone` | the suspicions that count once it has run alone, which it has not | it may have |
+| `sluiceway-alone` | in the queue of suspects: the suspicions that there are once it runs | it is no suspect's copy |
 | `sluiceway-headers` | all headers of the user, as JSON, where AMQP cannot hold them as they are | they are headers |
 | `sluiceway-stored` | the place of a dead letter among others, for browsing | its id |
 """
@@ -109,11 +109,9 @@ def open_letter(delivery: Delivery, scope: Any, explained: int = 0) -> Inbound:
     failures, suspicions = envelope.failures, envelope.suspicions
     base = _number(text.get(BASE)) if BASE in text else failures + suspicions
     alone = _number(text[ALONE]) if ALONE in text else None
-    if alone is not None and count > 1:  # it ran alone since, and died: of one death it may have been a neighbour's
-        suspicions, alone = alone, None
-        base = failures + suspicions - 1
-    elif alone is not None:
-        count = 0
+    if alone is not None and count > 0:  # so many processes died while it ran alone
+        suspicions, alone = alone + count - 1, alone + count
+        base, count = failures + suspicions, 1
     deliveries = base + 1 + max(0, count)
     message: Message[Any] = Message(
         text.get(TOPIC, key),

@@ -7,6 +7,7 @@ topic exchange `sluiceway` ──topic or pattern──▶ direct exchange `slui
 default exchange ──▶ queue `sluiceway|orders.group.dead`: dead letters
 headers exchange `sluiceway||delay` ──▶ queue `sluiceway||0.4 s` ──expired──▶ direct exchange `sluiceway||due`
     `sluiceway||due` ──name of a queue──▶ that queue
+queue `sluiceway|group|topic|suspects`: suspects of a queue that run alone
                      ──no such queue──▶ `sluiceway`, by its topic
 ```
 
@@ -16,6 +17,7 @@ its routing key alone. A group is never unbound: its queues keep what comes whil
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +30,7 @@ from .wire import Channel, Connection
 
 STEP = 0.1  # seconds: the lowest rung, and so what a delay may be late by
 _RUNGS = 24  # the highest is for 9 days; what waits longer goes through it again
+_RIPE = 0.5  # seconds; of RabbitMQ 3.10 those that were younger than some milliseconds had no leader ever after
 _NEVER = 1_000_000_000  # deliveries: from 4.0 on a server drops a message at its 20th, unless told otherwise
 
 
@@ -68,6 +71,13 @@ class Names:
         queue = self.queue("", topic)
         bind = Declared("queue_bind", queue, {"exchange": self.due, "routing_key": queue})
         return [_queue(queue, {"x-queue-type": "quorum", "x-delivery-limit": _NEVER}), bind]
+
+    def suspects(self, queue: str) -> list[Declared]:
+        """Where the suspects of a queue wait that run alone. Its messages are only ever taken one at a time, by the
+        process that runs it at once: so the broker counts how often a process died with it alone."""
+        arguments = {"x-queue-type": "quorum", "x-delivery-limit": _NEVER}
+        name = suspects_of(queue)
+        return [_queue(name, arguments), Declared("queue_bind", name, {"exchange": self.due, "routing_key": name})]
 
     def base(self) -> list[Declared]:
         """What there is before any group."""
@@ -118,6 +128,11 @@ class Names:
 RUNG = "sluiceway-rung"
 
 
+def suspects_of(queue: str) -> str:
+    """The name of the queue where the suspects of a queue wait."""
+    return f"{queue}|suspects"
+
+
 def rung_for(delay: float) -> float:
     """The seconds of the largest rung that is not above `delay`; of the lowest when all are."""
     steps = max(1, int(delay / STEP + 1e-6))
@@ -135,14 +150,18 @@ def _queue(name: str, arguments: dict[str, Any]) -> Declared:
 async def declare(connection: Connection, wanted: Iterable[Declared], *, passive: bool) -> list[str]:
     """Make what is not there; with `passive` nothing is made. Returns what is wrong, and how to mend it.
 
-    Raises TransportError when the connection ends.
+    A quorum queue that was made a moment before its server is killed can be useless ever after, so this returns only
+    when the new ones are older. Raises TransportError when the connection ends.
     """
     problems: list[str] = []
     channel: Channel | None = None
+    made = False
     for one in wanted:
         try:
             if channel is None:
                 channel = await connection.channel_of_its_own()
+            if one.what == "queue_declare" and not passive and not await exists(channel, one.name):
+                channel, made = await connection.channel_of_its_own(), True
             await one.make(channel, passive=passive)
         except ChannelClosedByBroker as error:
             channel = None
@@ -151,7 +170,20 @@ async def declare(connection: Connection, wanted: Iterable[Declared], *, passive
             raise TransportError(f"cannot declare {one.name!r}: {error}") from error
     if channel is not None:
         channel.raw.close()
+    if made:
+        await asyncio.sleep(_RIPE)
     return problems
+
+
+async def exists(channel: Channel, queue: str) -> bool:
+    """Whether there is such a queue. When there is not, the broker closes the channel."""
+    try:
+        await channel.ask("queue_declare", queue, passive=True)
+    except ChannelClosedByBroker as error:
+        if error.reply_code != 404:
+            raise
+        return False
+    return True
 
 
 def _advice(error: ChannelClosedByBroker) -> str:

@@ -33,9 +33,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         return f"{'redis' if self.tls is None else 'rediss'}://{host}:{self.port}/{self.db}"
 
 
-OPTIONS: dict[str, Convert] = {
-    "lease": float, "max_payload": int, "retention": float, "prefix": str, "replicas": int, **TLS_OPTIONS
-}  # fmt: skip
+OPTIONS: dict[str, Convert] = {"lease": float, "max_payload": int, "retention": float, "prefix": str, **TLS_OPTIONS}
 
 
 def parse(url: str) -> tuple[Settings, dict[str, Any]]:
@@ -67,7 +65,6 @@ def check(options: dict[str, Any]) -> None:
         ("max_payload", lambda value: 1 <= value <= 256 * 1024 * 1024, "1 to 268435456 bytes"),
         ("retention", lambda value: 0 <= value <= math.inf, "0 or more seconds; inf keeps everything"),
         ("prefix", lambda value: bool(value) and "{" not in value and value.isprintable(), "text without {"),
-        ("replicas", lambda value: 0 <= value < 100, "how many replicas, 0 or more"),
     )
     for name, allowed, what in rules:
         if not allowed(options[name]):

@@ -24,13 +24,12 @@ class Settling:
 
     def __init__(
         self, keys: Keys, group: str, topics: Sequence[str], what: str, *,
-        ordered: bool = False, max_payload: int = 0, replicas: int = 0,
+        ordered: bool = False, max_payload: int = 0,
     ) -> None:  # fmt: skip
         self._keys = keys
         self._group = group
         self._ordered = ordered
         self._max_payload = max_payload
-        self._replicas = replicas
         self._of_topics = [key for topic in topics for key in keys.of(topic, group)]
         self._record = (topics[0], what)
         self.places: dict[str, tuple[int, int]] = {}
@@ -78,8 +77,6 @@ class Settling:
             detail = "an output's topic is a key that holds no stream"
             refused += [Refused(chunk.messages[at], "lost") for at in lost]
             refused += [Refused(chunk.messages[at], "rejected", detail) for at in rejected]
-        if self._replicas:
-            await (await wire()).wait_for_replicas(self._replicas)
         self._sent = None
         return refused
 

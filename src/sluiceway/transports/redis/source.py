@@ -39,7 +39,6 @@ class Limits(Struct, frozen=True, kw_only=True):
     lease: float
     max_payload: int
     retention: float
-    replicas: int
 
 
 class RedisSource:
@@ -67,9 +66,9 @@ class RedisSource:
         self._group = group
         self._line = line
         self._ordered = subscription.order_by is not None
-        checks: dict[str, Any] = {"ordered": self._ordered, "max_payload": limits.max_payload, "replicas": limits.replicas}
-        self._settling = Settling(keys, group, topics, "others", **checks)
-        self._acking = Settling(keys, group, topics, "acks", **checks)  # the runtime calls both at once
+        how: dict[str, Any] = {"ordered": self._ordered, "max_payload": limits.max_payload}
+        self._settling = Settling(keys, group, topics, "others", **how)
+        self._acking = Settling(keys, group, topics, "acks", **how)  # the runtime calls both at once
         self._window = subscription.window
         self._left: list[Message[Any]] = []  # received, and not yet returned
         self._receiving = asyncio.Lock()
@@ -194,9 +193,9 @@ class RedisSource:
         if plain:
             await self._settling.ack(wire, consumer, plain)
         refused: list[Refused] = []
-        done = {one.token for one in plain}
+        done = [one.token for one in plain]
         if len(plain) != len(acks) or others:
-            known = done
+            known = set(done)
             rest = [Settlement(one, "ack") for one in acks if one.token not in known]
             refused = await self._settle(self._acking, rest) + await self._settle(self._settling, others)
             kept = {one.message.token for one in refused if one.kind == "rejected"}

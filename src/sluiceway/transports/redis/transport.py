@@ -34,10 +34,9 @@ class RedisTransport:
     - `retention`: seconds that a message stays in its topic after every group has finished with it; inf: for ever.
       Programs that read a topic without a group are not seen, and may miss what is deleted.
     - `prefix`: how the keys begin that are not topics.
-    - `replicas`: how many replicas must have a message, a retry or a dead letter before it counts as taken.
 
     What was written may be lost when the server crashes (`appendonly yes`, `appendfsync always` keep all) and when a
-    replica takes over. Raises OptionError for a value that is not allowed.
+    replica takes over (`min-replicas-to-write` bounds it). Raises OptionError for a value that is not allowed.
     """
 
     def __init__(
@@ -48,10 +47,8 @@ class RedisTransport:
         max_payload: int = 16 * 1024 * 1024,
         retention: float = 0.0,
         prefix: str = "sluiceway",
-        replicas: int = 0,
     ) -> None:
-        check({"lease": lease, "max_payload": max_payload, "retention": retention, "prefix": prefix,
-               "replicas": replicas})  # fmt: skip
+        check({"lease": lease, "max_payload": max_payload, "retention": retention, "prefix": prefix})
         options: dict[str, Any] = {}
         if isinstance(url, str):
             url, options = parse(url)
@@ -73,7 +70,7 @@ class RedisTransport:
         )
         self._settings = url
         self._keys = Keys(prefix)
-        self._limits = Limits(lease=lease, max_payload=max_payload, retention=retention, replicas=replicas)
+        self._limits = Limits(lease=lease, max_payload=max_payload, retention=retention)
         self._line = Line(url)
         self._info: dict[str, str] | None = None
         self._sources: list[RedisSource] = []
@@ -143,7 +140,6 @@ class RedisTransport:
                 failed += rest[len(some) :]
                 text = f"{wire.name} refused {failed[0].topic!r}: {why}; {len(failed)} messages are not published"
                 raise PublishError(text, failed)
-            await wire.wait_for_replicas(self._limits.replicas)
         except PublishError:
             raise
         except (TypeError, AttributeError) as error:

@@ -117,11 +117,6 @@ class Wire(asyncio.Protocol):
             raise TransportError(f"{self.name} refuses to {script.what}: {answer}") from answer
         return answer
 
-    async def wait_for_replicas(self, count: int) -> None:
-        """Return when so many replicas have all that was written on this connection. Raises TransportError."""
-        if count and await self.ask("WAIT", count, 5000) < count:
-            raise TransportError(f"{self.name}: fewer than {count} replicas have it after 5 s")
-
     def abort(self, why: str) -> None:
         """Close at once; calls in progress raise. Idempotent."""
         self._fail(why)
