@@ -14,6 +14,9 @@ All other headers are the user's, also those with the same prefix, such as a dea
 an older one passes them on with the user's. The version number grows only when an older one would do wrong with what
 a newer one sends; then the older one dead-letters it and says so. A message without any of these is a stranger's, and
 welcome; a number that cannot be read counts as one that is not there.
+
+NATS has two more: `sluiceway-due`, when a delayed message may be handled, in seconds since 1970; and `sluiceway-odd`,
+as JSON, the headers that NATS cannot carry as they are, such as values with a line break.
 """
 
 from __future__ import annotations

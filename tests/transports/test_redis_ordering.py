@@ -70,8 +70,12 @@ async def test_keys_stay_in_order_over_processes_that_fail_and_drain_and_are_kil
     ledger = tmp_path / "ledger"
     ledger.touch()
     keys, each = [f"key-{number}" for number in range(8)], 60
-    command = [sys.executable, "-m", "tests.transports.redis_order_worker", f"{redis_server.url()}?lease=1"]
-    processes = [subprocess.Popen([*command, str(ledger)]) for _ in range(2)]
+
+    def worker() -> subprocess.Popen[bytes]:
+        url = f"{redis_server.url()}?lease=1"
+        return subprocess.Popen([sys.executable, "-m", "tests.transports.redis_order_worker", url, str(ledger)])
+
+    processes = [worker(), worker()]
     killed: set[int] = set()
 
     async def until(count: int) -> None:
@@ -90,12 +94,12 @@ async def test_keys_stay_in_order_over_processes_that_fail_and_drain_and_are_kil
                 killed.add(victim.pid)
                 victim.kill()
                 victim.wait()
-                processes.append(subprocess.Popen([*command, str(ledger)]))
+                processes.append(worker())
                 await until(share + 50)
                 leaving = processes.pop(0)
                 leaving.send_signal(signal.SIGTERM)
                 assert await asyncio.to_thread(leaving.wait, 30) == 0
-                processes.append(subprocess.Popen([*command, str(ledger)]))
+                processes.append(worker())
             deadline = time.monotonic() + 60
             while check_ledger(ledger.read_text(), killed) != {key: list(range(each)) for key in keys}:
                 assert time.monotonic() < deadline
@@ -203,6 +207,25 @@ async def test_a_deleted_group_leaves_no_lane_shut(redis_server: RedisServer) ->
         await nothing(source, 0.1)
         redis_server.ask("XGROUP", "DESTROY", "t", "g")
         assert bodies(await get(source, 4)) == numbered(4)
+
+
+async def test_a_window_is_filled_in_few_receives(redis_server: RedisServer) -> None:
+    async with connected(redis_server) as transport:
+        source = await ordered(transport)
+        await transport.publish([Outgoing("t", b"%d" % number, f"k{number % 300}") for number in range(1000)])
+        first = await source.receive(1000)
+        assert len(first) + len(await source.receive(1000)) == 1000
+
+
+async def test_an_entry_for_another_group_is_not_ours(redis_server: RedisServer) -> None:
+    async with connected(redis_server) as transport:
+        source = await ordered(transport)
+        redis_server.ask("XADD", "t", "*", "body", "theirs", "sluiceway-group", "other", "sluiceway-key", "k")
+        redis_server.ask("XADD", "t", "*", "body", "ours", "sluiceway-group", "g", "sluiceway-key", "k")
+        redis_server.ask("XADD", "t", "*", "sluiceway-key", "no body, so no key")
+        first, second = await get(source, 2)
+        assert (first.body, first.key, second.key) == (b"ours", "k", None)
+        assert redis_server.ask("XPENDING", "t", "g")[0] == 2
 
 
 async def test_every_topic_gets_its_turn(redis_server: RedisServer) -> None:

@@ -38,15 +38,15 @@ class _Lane(Generic[TokenT]):
 class Away(Generic[TokenT]):
     """What one source knows of the messages of its keys.
 
-    A message has a *place* in its key, a number, which it keeps when it goes back. A delivery of it has a *token*. It is
-    *held* from when it came until it is settled, and *away* after it went back. What comes while an earlier place of
-    its key is away must be parked: it is away then too, and is called when nothing is in its way any more.
+    A message has a *place* in its key, a number, which it keeps when it goes back. A delivery of it has a *token*. It
+    is *held* from when it came until it is settled, and *away* after it went back. What comes while an earlier place
+    of its key is away must be parked: it is away then too, and is called when nothing is in its way any more.
 
     Times are of any clock that only goes forward. A token that is not known, or not any more, is passed over.
     """
 
     def __init__(self, most: int = 100) -> None:
-        """`most`: how many messages of one key are called at once. Those that follow are, as soon as these have come."""
+        """`most`: how many messages of one key are called at once; the next ones are when these have come."""
         self.parked = 0
         """How many messages are parked and not called."""
         self._most = most

@@ -2,12 +2,15 @@
 
 transport.py    NATSTransport: connect, ensure, publish, subscribe, browse
 source.py       NATSSource: receives, and says how it is
-hand.py         what a source holds, and how that ends
 pulls.py        pull requests, by free demand
+reading.py      messages of what came
+hand.py         what a source holds, and how that ends
+notes.py        what is written down of messages that went back
+order.py        `order_by`: what came too early waits
 publishing.py   publishes, confirmed
 streams.py      topics and the streams that have them
 consumers.py    groups and their durable consumers
-headers.py      headers, ack subjects, notes
+headers.py      headers, ack subjects, what a note says
 renewer.py      leases, and what renews them from a thread
 connection.py   the connection: many questions in one write, reconnects
 wire.py         what is private of nats-py
@@ -27,15 +30,19 @@ What can go wrong, and how it ends:
   where no note explains them. It keeps when a message comes again only until it ends; a note keeps when it is due, so
   it comes and is sent back until then.
 - A connection cut while messages are on their way: they come again when their leases end, as suspects.
-- A message sent back and acked, whose note could not be deleted: the note stays, and harms nobody.
+- A message sent back and acked, whose note could not be deleted: the note harms nobody. It is deleted when all up to
+  its message are settled.
 - A consumer deleted by hand: it is made anew behind the last message up to which all were settled when it was last
   looked at, at most 5 s before. Hand-overs are counted anew then, failures are not. A stream deleted by hand is made
-  anew, without its messages.
+  anew, without its messages; not at once, since the server (2.9) would delete the new one's files with the old one's.
+- A server that stops takes no acks a moment before it closes its connections: they are sent again.
 - Acks are not fenced by the server: whoever acks a message ends the hand-over that another has. So what is over its
   lease by our clock is refused as lost, and is not sent.
 - Another process's exact topic takes a topic from a pattern of its group; the pattern notices within 30 s, and till
   then both get it.
-- A message that waits for its delay counts as held at the server; `max_delayed` bounds how many do.
+- A message that waits for its delay counts as held at the server; beyond `max_delayed` of them retries with a delay
+  are refused.
+- A key's messages while other processes take part in the group: order holds within each process.
 """
 
 try:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import time
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 
 from msgspec import Struct
 
+from ..._decisions.subjects import covers
 from ..._decisions.topics import best_match, matches
 from ...source import Start
 from ...transport import Finding
 from .connection import ApiError, Connection
-from .streams import NO_STREAM, NOTE, NOTES, covers
+from .headers import read_headers, stored_at
+from .streams import NO_STREAM, NOTE, NOTES
 
 _NO_CONSUMER = 10014
 
@@ -81,6 +85,26 @@ class Consumers:
             if error.number in (_NO_CONSUMER, NO_STREAM):
                 return None
             raise
+
+    async def look(self, consumer: Consumer) -> bool:
+        """Note how far it is. False: it is not there."""
+        info = await self.find(consumer.stream, consumer.name)
+        if info is not None:
+            consumer.floor, consumer.last = info["ack_floor"]["stream_seq"], info["delivered"]["stream_seq"]
+            consumer.pending, consumer.held = info["num_pending"], info["num_ack_pending"]
+        return info is not None
+
+    async def oldest(self, consumer: Consumer) -> float:
+        """The age in seconds of its oldest message that was never handed out; 0 where there is none."""
+        if not consumer.pending:
+            return 0.0
+        body = {"seq": consumer.last + 1, "next_by_subj": consumer.filter or ">"}
+        try:
+            stored = (await self._connection.api(f"STREAM.MSG.GET.{consumer.stream}", body))["message"]
+        except ApiError:
+            return 0.0  # somebody took it just now
+        envelope = read_headers(base64.b64decode(stored.get("hdrs") or "")).envelope
+        return time.time() - (envelope.timestamp or stored_at(stored["time"]))
 
     async def consume(
         self, stream: str, subject: str, group: str, topic: str, start: Start, before: Consumer | None = None

@@ -16,7 +16,7 @@ from ...message import Message, Refused, Settlement
 from .connection import Connection, Request, Unanswered, status
 from .consumers import Consumer, Consumers
 from .headers import Delivery, Note, path_of, read_delivery
-from .notes import note_subject, read_notes
+from .notes import note_subject
 from .order import Order
 from .publishing import Publisher
 from .renewer import Leases, Token
@@ -64,9 +64,9 @@ class Hand:
             naks = await self._write_notes(back, refused)
         gone = await self._end(ended, naks)
         if gone:
-            for message in [*acks, *[other.message for other in others]]:
-                if path_of(message.token[0]) in gone:
-                    refused.append(Refused(message, "lost", "its consumer was deleted"))
+            messages = [*acks, *[other.message for other in others]]
+            messages = [message for message in messages if path_of(message.token[0]) in gone]
+            refused += [Refused(message, "lost", "its consumer was deleted") for message in messages]
         return refused
 
     def _ours(self, messages: Sequence[Message[Any]], refused: list[Refused]) -> list[Message[Any]]:
@@ -112,7 +112,7 @@ class Hand:
             delay = one.delay
             if one.outcome == "park" and self.order is not None and message.key is not None:
                 delay = self.order.patience(message.token)
-            elif delay > 0:
+            elif delay > 0 and one.outcome == "retry":
                 consumer = next((other for other in self.consumers if other.name == delivery.consumer), None)
                 limit = self._connection.settings.max_delayed
                 if consumer is not None and consumer.held + self.delayed >= limit:
@@ -218,9 +218,6 @@ class Hand:
         self.noted.add(message.token)
         message.suspicions, message.deliveries, message.suspect = suspicions, deliveries, False
         return True
-
-    async def read_notes(self, deliveries: Sequence[Delivery]) -> list[Note | None]:
-        return await read_notes(self._connection, [_note_subject(one) for one in deliveries])
 
 
 def _note_subject(delivery: Delivery) -> str:

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from ...envelope import Envelope, seal, unseal
+from ...envelope import ID, TIME, VERSION, Envelope, V, seal, unseal
 from ...message import NO_HEADERS, Outgoing
 
 ODD = "sluiceway-odd"
 DUE = "sluiceway-due"
 
+_VISIBLE = re.compile(r"[!-~]+").fullmatch
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _OURS = re.compile(
     rb"NATS/1\.0\r\nsluiceway-v: 1\r\nsluiceway-id: ([!-~]+)\r\nsluiceway-time: (\d{1,11}\.\d+)\r\n\r\n"
@@ -52,6 +53,14 @@ def path_of(reply: bytes) -> bytes:
 
 def write_headers(message: Outgoing, *, due: float | None = None, dedupe: str | None = None) -> bytes:
     """The header block of a message. Within the stream's window a `dedupe` is stored once."""
+    if (
+        message.key is message.group is due is dedupe is None
+        and not message.headers
+        and _VISIBLE(message.id)  # most are so: 0.6 µs in place of 4
+    ):
+        return (
+            f"NATS/1.0\r\n{V}: {VERSION}\r\n{ID}: {message.id}\r\n{TIME}: {message.timestamp!r}\r\n\r\n".encode()
+        )
     plain: dict[str, str] = {}
     odd: dict[str, str] = {}
     for name, value in seal(message).items():

@@ -26,7 +26,7 @@ async def read_notes(connection: Connection, subjects: Sequence[str]) -> list[No
     return [_read(answer) for answer in answers]
 
 
-async def noted(connection: Connection, path: str) -> list[int]:
+async def numbers(connection: Connection, path: str) -> list[int]:
     """The numbers of the messages of a consumer that have a note."""
     found: list[int] = []
     while True:
@@ -40,7 +40,7 @@ async def noted(connection: Connection, path: str) -> list[int]:
 
 async def sweep(connection: Connection, path: str, floor: int) -> None:
     """Delete the notes of messages up to `floor`. All of those are settled: whoever did could not delete the note."""
-    left = [seq for seq in await noted(connection, path) if seq <= floor]
+    left = [seq for seq in await numbers(connection, path) if seq <= floor]
     body = [json.dumps({"filter": note_subject(path, seq)}).encode() for seq in left]
     await connection.ask([(f"$JS.API.STREAM.PURGE.{NOTES}", b"", one) for one in body])
 

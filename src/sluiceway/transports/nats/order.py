@@ -19,7 +19,7 @@ from ...message import Message, Settlement
 from .connection import Connection
 from .consumers import Consumer
 from .headers import read_delivery
-from .notes import note_subject, noted, read_notes
+from .notes import note_subject, numbers, read_notes
 from .renewer import Token
 
 log = logging.getLogger("sluiceway.nats")
@@ -28,16 +28,15 @@ PARKED = 30.0  # seconds after which what waits comes by itself
 MOST = 10_000  # parked messages, beyond which only what comes back is asked for
 LATE = 1.5  # seconds that what is due may take until its note is looked at
 
-Lane = tuple[str, str]
-"""The path of a consumer, and a key: other streams number their messages anew."""
-
 
 class Order:
-    """What one source knows of its keys. It asks the server nothing but what became of what does not come."""
+    """What one source knows of its keys, in each stream. It asks the server nothing but what became of what does not
+    come."""
 
     def __init__(self, connection: Connection, lease: float) -> None:
         self._connection = connection
         self._lease = lease
+        self._consumers: Sequence[Consumer] = ()
         self._away: Away[Token] = Away()
         self._early: set[Token] = set()  # came too early: they wait for what is away, and not for what is in hand
 
@@ -46,9 +45,9 @@ class Order:
         placed = sorted((_place(message), number) for number, message in enumerate(messages))
         out: list[Message[Any]] = []
         early: list[Settlement] = []
-        for (path, seq), number in placed:
+        for (stream, seq), number in placed:
             message = messages[number]
-            if message.key is None or self._away.comes((path, message.key), seq, message.token):
+            if message.key is None or self._away.comes((stream, message.key), seq, message.token):
                 out.append(message)
             else:
                 self._early.add(message.token)
@@ -59,8 +58,8 @@ class Order:
     def expect(self, message: Message[Any], seconds: float) -> None:
         """It is not due yet, and is being sent back."""
         if message.key is not None:
-            path, seq = _place(message)
-            self._away.expect((path, message.key), seq, time.monotonic() + seconds)
+            stream, seq = _place(message)
+            self._away.expect((stream, message.key), seq, time.monotonic() + seconds)
 
     def patience(self, token: Token) -> float:
         """Seconds for which to park a message: until what it waits for is due, and longer than we need to call it."""
@@ -85,9 +84,11 @@ class Order:
     def lost(self, token: Token) -> None:
         self._away.goes(token, time.monotonic() + 1.0)
 
-    def clear(self) -> None:
-        """The consumer is a new one, and hands all out again in order."""
-        self._away.clear()
+    def know(self, consumers: Sequence[Consumer]) -> None:
+        """From now on these are the source's consumers. New ones hand all out again, in order."""
+        before, self._consumers = self._consumers, consumers
+        if {one.created for one in before} - {one.created for one in consumers}:
+            self._away.clear()
 
     def demand(self, demand: int) -> int:
         """How many to ask for: where very many wait, only those that come back, which the server hands out first."""
@@ -104,7 +105,7 @@ class Order:
         """Call all that wait: this source ends."""
         tokens = self._away.all_parked()
         self._connection.write(b"".join([b"PUB %b 4\r\n-NAK\r\n" % reply for reply, _ in tokens]))
-        self.clear()
+        self._away.clear()
 
     async def watch(self) -> None:
         """Look again and again, for as long as the source is open."""
@@ -121,27 +122,33 @@ class Order:
         now = time.monotonic()
         late: list[Any] = self._away.overdue(now - LATE)
         if late:
-            notes = await read_notes(self._connection, [note_subject(path, seq) for (path, _), seq in late])
+            places = [
+                (place, note_subject(consumer.path, place[1]))
+                for place in late
+                for consumer in self._consumers
+                if consumer.stream == place[0][0]
+            ]
+            notes = await read_notes(self._connection, [subject for _, subject in places])
+            noted = {place for (place, _), note in zip(places, notes, strict=True) if note is not None}
             over = set(self._away.overdue(now - max(self._lease, PARKED) - LATE))
-            for (lane, seq), note in zip(late, notes, strict=True):
-                if note is None or (lane, seq) in over:
-                    self._away.forgets(lane, seq)
+            for lane, seq in {*late} - (noted - over):
+                self._away.forgets(lane, seq)
             self._call()
 
-    async def recall(self, consumers: Sequence[Consumer]) -> int:
+    async def recall(self) -> int:
         """Read what is away from the notes that others left; returns how many notes there are."""
         count, now, wall = 0, time.monotonic(), time.time()
-        for consumer in consumers:
-            seqs = [seq for seq in await noted(self._connection, consumer.path) if seq > consumer.floor]
+        for consumer in self._consumers:
+            seqs = [seq for seq in await numbers(self._connection, consumer.path) if seq > consumer.floor]
             notes = await read_notes(self._connection, [note_subject(consumer.path, seq) for seq in seqs])
             count += len(seqs)
             for seq, note in zip(seqs, notes, strict=True):
                 if note is not None and note.key is not None:
                     key = note.key.decode("utf-8", "surrogateescape")
-                    self._away.expect((consumer.path, key), seq, now + max(0.0, note.due - wall))
+                    self._away.expect((consumer.stream, key), seq, now + max(0.0, note.due - wall))
         return count
 
 
 def _place(message: Message[Any]) -> tuple[str, int]:
     delivery = read_delivery(message.token[0])
-    return f"{delivery.stream}.{delivery.consumer}", delivery.seq
+    return delivery.stream, delivery.seq

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import random
 import time
@@ -13,22 +12,20 @@ from itertools import count
 from typing import Any, Literal
 
 from ..._decisions.backoff import reconnect_delay
-from ..._decisions.suspicion import is_suspect
 from ..._decisions.topics import is_pattern
 from ...errors import TransportError
 from ...message import Message, Refused, Settlement
 from ...source import Backlog, Renewer, SourceStatus, Start, Subscription
-from .connection import ApiError, Connection
-from .consumers import Consumer, Consumers, belongs
+from .connection import Connection
+from .consumers import Consumer, Consumers
 from .hand import Hand
-from .headers import Delivery, read_delivery, read_headers, stored_at
 from .notes import sweep
 from .order import Order
 from .publishing import Publisher
 from .pulls import BEAT, Pulls
-from .renewer import Leases, NATSRenewer, Token, share
-from .streams import Streams, topic_of
-from .wire import Frame
+from .reading import Reader
+from .renewer import Leases, NATSRenewer, share
+from .streams import Streams
 
 log = logging.getLogger("sluiceway.nats")
 
@@ -54,11 +51,6 @@ class NATSSource:
         self._made = Consumers(connection)
         self._publisher = publisher
         self._consumers: list[Consumer] = []
-        self._by_path: dict[str, Consumer] = {}
-        self._noted_to = 0  # up to here messages may have a note though they come for the first time
-        self._plain = b""  # how the ack subject of a first delivery begins, where nothing else has to be looked at
-        self._topics: dict[bytes, str] = {}
-        self._siblings: dict[str, dict[str, Consumer]] = {}  # by stream
         self._patterns = any(map(is_pattern, subscription.topics))
         self._start: Start = subscription.start
         self._window = subscription.window
@@ -75,17 +67,19 @@ class NATSSource:
 
     async def open(self) -> None:
         """Make the consumers. Once, before anything else."""
-        await self.resume(first=True)
-        lease = min([consumer.lease for consumer in self._consumers], default=self._connection.settings.lease)
-        self.lease: float | None = lease
+        lease = self._connection.settings.lease
         leases = Leases(lease)
+        self._hand = Hand(self._connection, self._publisher, leases, self._gone)
+        self._reader = Reader(self._connection, self.subscription.group, self._hand)
+        await self.resume(first=True)
+        leases.lease = lease = min([consumer.lease for consumer in self._consumers], default=lease)
+        self.lease: float | None = lease
         self._pulls.beat = min(BEAT, lease / 6)
         share(leases)
-        self._hand = Hand(self._connection, self._publisher, leases, self._gone)
-        self._hand.consumers = self._consumers
         if self.subscription.order_by is not None:
             self._order = self._hand.order = Order(self._connection, lease)
-            self._notes_before = await self._order.recall(self._consumers)
+            self._order.know(self._consumers)
+            self._notes_before = await self._order.recall()
             if sum(consumer.held for consumer in self._consumers) > self._notes_before:
                 self._others_until = time.monotonic() + lease
             self._tasks.append(asyncio.create_task(self._order.watch()))
@@ -106,18 +100,12 @@ class NATSSource:
                 for finding in findings:
                     log.log(logging.DEBUG if first else logging.WARNING, "group %r: %s", group, finding.text)
                 found.append(consumer)
-        if self._patterns:
-            streams = {consumer.stream for consumer in found}
-            self._siblings = {stream: await self._made.siblings(stream, group) for stream in streams}
-        if self._order is not None and {one.created for one in found} != {one.created for one in self._consumers}:
-            self._order.clear()
-        self._consumers = found
-        if not first:
-            self._hand.consumers = found
-        self._by_path = {consumer.path: consumer for consumer in found}
-        self._noted_to = max([consumer.noted for consumer in found], default=0)
-        simple = len(found) == 1 and not (self._patterns or found[0].since or self._noted_to)
-        self._plain = f"$JS.ACK.{found[0].path}.1.".encode() if simple else b"\0"
+        streams = {consumer.stream for consumer in found} if self._patterns else ()
+        siblings = {stream: await self._made.siblings(stream, group) for stream in streams}
+        if self._order is not None:
+            self._order.know(found)
+        self._consumers = self._hand.consumers = found
+        self._reader.know(found, siblings)
         self._pulls.trouble.clear()
 
     async def _poll(self) -> None:
@@ -154,13 +142,9 @@ class NATSSource:
 
     async def _look(self) -> list[Consumer]:
         for index, consumer in enumerate(self._consumers):
-            info = await self._made.find(consumer.stream, consumer.name)
-            if info is None:
+            if not await self._made.look(consumer):
                 self._pulls.trouble[index] = f"{consumer.path} was deleted"
                 self._pulls.wake()
-                continue
-            consumer.floor, consumer.last = info["ack_floor"]["stream_seq"], info["delivered"]["stream_seq"]
-            consumer.pending, consumer.held = info["num_pending"], info["num_ack_pending"]
         self._hand.delayed = 0
         return self._consumers
 
@@ -208,9 +192,10 @@ class NATSSource:
                 await self._pulls.rest(0.2)
                 return
         if not self._pulls.arrived:
-            await self._pulls.pull(self._consumers, demand, self._max_bytes)
+            max_bytes = max(self.subscription.max_bytes, 2 * self._connection.max_payload)
+            await self._pulls.pull(self._consumers, demand, max_bytes)
         arrived = self._pulls.arrived[:]
-        messages = await self._make(arrived)  # when it raises, what arrived stays and is made again
+        messages = await self._reader.read(arrived)  # when it raises, what arrived stays and is made again
         del self._pulls.arrived[: len(arrived)]
         self._left += messages
 
@@ -224,10 +209,6 @@ class NATSSource:
             self._others_until = 0.0
         return bool(self._others_until)
 
-    @property
-    def _max_bytes(self) -> int:
-        return max(self.subscription.max_bytes, 2 * self._connection.max_payload)
-
     def _portion(self, demand: int) -> list[Message[Any]]:
         size = taken = 0
         for message in self._left[:demand]:
@@ -239,83 +220,6 @@ class NATSSource:
             taken -= 1
         messages, self._left = self._left[:taken], self._left[taken:]
         return messages
-
-    async def _make(self, arrived: Sequence[tuple[float, list[Frame]]]) -> list[Message[Any]]:
-        """Messages of what came, without what is not for us or not due; those are settled here."""
-        messages: list[Message[Any]] = []
-        again: list[tuple[Message[Any], Delivery, float]] = []
-        skipped: list[Token] = []
-        group, held, now = self.subscription.group, self._hand.held, time.time()
-        fresh = self._hand.leases.fresh()
-        for came, frames in arrived:
-            if came < fresh:
-                continue  # nobody asked for so long that others have them
-            for subject, reply, block, body in frames:
-                envelope, due, stranger = read_headers(block)
-                topic = self._topics.get(subject) or self._name(subject)
-                token = (reply, came)
-                if reply.startswith(self._plain) and envelope.id and envelope.timestamp is not None and due <= now:
-                    delivery, name, timestamp = None, envelope.id, envelope.timestamp
-                else:
-                    delivery = read_delivery(reply)
-                    name = envelope.id or stranger or f"{delivery.stream}-{delivery.seq}"
-                    timestamp = delivery.stored if envelope.timestamp is None else envelope.timestamp
-                if (envelope.group is not None and envelope.group != group) or (
-                    delivery is not None and not self._wants(topic, timestamp, delivery)
-                ):
-                    skipped.append(token)
-                    continue
-                message: Message[Any] = Message(
-                    topic, body, name, envelope.key, envelope.headers, timestamp, None, token, 1, envelope.failures,
-                    envelope.suspicions, error=envelope.error,
-                )  # fmt: skip
-                held[token] = message
-                messages.append(message)
-                if delivery is not None and (delivery.count > 1 or due > now or delivery.seq <= self._noted_to):
-                    again.append((message, delivery, due))
-        if skipped:
-            await self._connection.ask([(reply.decode(), b"", b"+ACK") for reply, _ in skipped])
-        if again:
-            late = await self._look_up(again)
-            messages = [message for message in messages if message not in late]
-        if self._order is not None:
-            messages, early = self._order.sort(messages)
-            if early:
-                await self.settle((), early)
-        return messages
-
-    def _name(self, subject: bytes) -> str:
-        if len(self._topics) >= 10_000:
-            self._topics.clear()
-        topic = self._topics[subject] = topic_of(subject.decode())
-        return topic
-
-    def _wants(self, topic: str, timestamp: float, delivery: Delivery) -> bool:
-        consumer = self._by_path.get(f"{delivery.stream}.{delivery.consumer}")
-        if consumer is None or timestamp < consumer.since:
-            return consumer is None
-        siblings = self._siblings.get(consumer.stream)
-        return siblings is None or belongs(consumer, siblings, topic, delivery.seq, delivery.stored)
-
-    async def _look_up(self, again: Sequence[tuple[Message[Any], Delivery, float]]) -> set[Message[Any]]:
-        """Read the notes of what came again, and hand back what is not due; returns those."""
-        late: list[Settlement] = []
-        now = time.time()
-        notes = await self._hand.read_notes([delivery for _, delivery, _ in again])
-        for (message, delivery, due), note in zip(again, notes, strict=True):
-            if note is not None:
-                self._hand.noted.add(message.token)
-                message.failures, message.suspicions = note.failures, note.suspicions
-                due = note.due or due
-            message.deliveries = max(1, delivery.count - (note.released if note is not None else 0))
-            message.suspect = is_suspect(message.deliveries, message.failures, message.suspicions)
-            if due > now:
-                if self._order is not None and note is not None:
-                    self._order.expect(message, due - now)
-                late.append(Settlement(message, "release", delay=due - now))
-        if late:
-            await self.settle((), late)
-        return {one.message for one in late}
 
     def resize(self, window: int) -> None:
         """Change the window. 0 pauses: a waiting `receive` returns nothing."""
@@ -371,19 +275,13 @@ class NATSSource:
 
     async def backlog(self) -> Backlog | None:
         """Messages that wait for this group, also for their delay, and the age of the oldest that was never handed
-        out. What other processes have in hand counts as waiting: the server does not tell the two apart."""
+        out. What other processes have in hand counts as waiting: the server does not tell it from what dead ones had,
+        and that must be counted, or nobody would be started for it."""
         held = len(self._hand.held)
         messages, oldest = -held, 0.0
         for consumer in await self._look():
             messages += consumer.pending + consumer.held
-            if consumer.pending:
-                body = {"seq": consumer.last + 1, "next_by_subj": consumer.filter or ">"}
-                try:
-                    stored = (await self._connection.api(f"STREAM.MSG.GET.{consumer.stream}", body))["message"]
-                except ApiError:
-                    continue  # somebody took it just now
-                envelope = read_headers(base64.b64decode(stored.get("hdrs") or "")).envelope
-                oldest = max(oldest, time.time() - (envelope.timestamp or stored_at(stored["time"])))
+            oldest = max(oldest, await self._made.oldest(consumer))
         return Backlog(max(0, messages), oldest)
 
     # -- the end
@@ -401,7 +299,7 @@ class NATSSource:
         self._connection.listeners.discard(self._on_change)
         try:
             if self._pulls.arrived:
-                await self._make(self._pulls.arrived)
+                await self._reader.read(self._pulls.arrived)
             kept = {message.token for message in keep}
             await self._release([message for token, message in self._hand.held.items() if token not in kept])
             if self._order is not None:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from ..._decisions.subjects import covers, filters_of
 from ..._decisions.topics import is_dead_letter_topic, is_pattern
 from ...errors import TransportError
 from ...transport import Finding
@@ -35,30 +36,6 @@ def subject_of(topic: str) -> str:
 
 def topic_of(subject: str) -> str:
     return subject.removeprefix(_DEAD)
-
-
-def filters_of(pattern: str) -> list[str]:
-    """The subjects that have all messages of a topic or pattern, and perhaps others."""
-    if not is_pattern(pattern):
-        return [subject_of(pattern)]
-    before, hash_, after = pattern.partition("#")
-    if not hash_:
-        return [pattern]
-    more = f"{before}>"
-    return [before[:-1], more] if before and not after.strip(".#") else [more]
-
-
-def covers(wide: str, narrow: str) -> bool:
-    """Whether all that matches the subject filter `narrow` matches `wide`."""
-    words, others = wide.split("."), narrow.split(".")
-    if words[-1] == ">":
-        head = words[:-1]
-        return len(others) > len(head) and all(map(_covers, head, others))
-    return len(words) == len(others) and ">" not in others and all(map(_covers, words, others))
-
-
-def _covers(word: str, other: str) -> bool:
-    return word == other or (word == "*" and other != ">")
 
 
 class Streams:
@@ -176,7 +153,7 @@ class Streams:
     async def places(self, topic: str, *, create: bool) -> list[tuple[str, str]]:
         """The streams and filters in which messages of a topic or pattern are."""
         found = []
-        for subject in filters_of(topic):
+        for subject in filters_of(topic) if is_pattern(topic) else [subject_of(topic)]:
             if create:
                 await self.cover(subject)
             streams = await self.having(subject)

@@ -40,7 +40,7 @@ class WireClient(Client):
         return super()._connect_command()
 
     async def _process_pong(self) -> None:
-        """Pass over a PONG that nobody waits for any more, at which nats-py raises, stops reading and closes nothing."""
+        """Pass over a PONG that nobody waits for any more, at which nats-py stops reading, and closes nothing."""
         pongs: Any = self._pongs
         if pongs and pongs[0].done():
             pongs[0] = asyncio.get_running_loop().create_future()

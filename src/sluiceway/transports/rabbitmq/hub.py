@@ -96,7 +96,9 @@ class Hub:
         group = subscription.group
         topics = [one for topic in subscription.topics for one in self.names.of_topic(group, topic)]
         if self.passive:  # nobody makes them when they are needed
-            topics += [one for topic in subscription.topics for one in self.names.suspects(self.names.queue(group, topic))]
+            topics += [
+                one for topic in subscription.topics for one in self.names.suspects(self.names.queue(group, topic))
+            ]
         return [*self.names.base(), *self.names.of_group(group), *topics]
 
     def inlet(self, subscription: Subscription, queues: Sequence[str], listener: Listener) -> Inlet:

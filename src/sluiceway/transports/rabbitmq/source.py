@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
-from ..._decisions.suspicion import suspicions_now
+from pika.exceptions import AMQPError
+
+from ..._decisions.suspicion import STEADY, suspicions_now
 from ..._decisions.topics import is_pattern
 from ...errors import TransportError
-from ...message import Message, Outgoing, Refused, Settlement
+from ...message import Message, Refused, Settlement
 from ...source import Backlog, Renewer, SourceStatus, Subscription
+from .copies import Copies
 from .hub import Hub
-from .letters import ALONE, BASE, DUE, TOPIC, Letter, open_letter, pack
+from .inlet import SUSPECTS
+from .letters import Letter, open_letter
 from .tags import Tags
+from .topology import suspects_of
 from .wire import Delivery
 
 log = logging.getLogger("sluiceway")
@@ -27,7 +32,8 @@ _UNUSED = 5.0  # seconds that credit far above the demand is left with the broke
 _CONSUMERS = 8  # after so many one takes their place
 _GRACE = 0.5  # seconds of a pause before what has arrived goes back: most pauses are shorter
 _REMEMBERED = 10_000  # ids of messages that were lost with a connection
-_RETURN = 2.0  # seconds that a suspicion's copy has to come back, before others go first
+_SOON = 1.0  # seconds between two suspects that others left
+_TAKEN = SUSPECTS.encode()
 
 
 class RabbitMQSource:
@@ -50,9 +56,9 @@ class RabbitMQSource:
         self._subscription = subscription
         self._group = subscription.group
         self._window = subscription.window
-        self._queues = {topic: hub.names.queue(self._group, topic) for topic in subscription.topics}
         self._overlaps = any(map(is_pattern, subscription.topics))
-        self._own: str | None = next(iter(self._queues.values())) if len(self._queues) == 1 else None
+        self._copies = Copies(hub, subscription)
+        self._alone = self._copies.alone
         self.loop = asyncio.get_running_loop()
         self._epoch = 0  # 0: no channel is open
         self._tags = Tags()
@@ -65,7 +71,9 @@ class RabbitMQSource:
         self._quiet = asyncio.Event()  # no consumer is left, and all that came has arrived
         self._quiet.set()
         self._apart = False  # there are suspects
-        self._alone: dict[int, int] = {}  # by tag: suspicions written down for a message that has not run alone yet
+        self._clearing = False  # a suspect is about to be taken, once nothing is in hand
+        self._empty = asyncio.Event()  # which this says, while it is asked
+        self._looking: asyncio.Task[None] | None = None
         self._sent: dict[int, set[int]] = {}  # by tag: which of its letters the broker has, though not all
         self._lost: Counter[str] = Counter()  # by id: hand-overs that ended with a connection, while this process lives
         self._waiter: asyncio.Future[None] | None = None
@@ -76,11 +84,14 @@ class RabbitMQSource:
         self._since = time.time()
         self._newest = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._inlet = hub.inlet(subscription, list(self._queues.values()), self)
+        self._inlet = hub.inlet(
+            subscription, [hub.names.queue(self._group, topic) for topic in subscription.topics], self
+        )
 
     async def open(self) -> None:
         """Make the group's queues and connect. Raises TransportError."""
         await self._hub.io.run(self._inlet.open())
+        self._looking = self._in_background(self._look_for_suspects(), last=True)
 
     # -- what the I/O thread says
 
@@ -97,12 +108,13 @@ class RabbitMQSource:
         unwanted: list[int] = []
         early: list[Settlement] = []
         for delivery in deliveries:
-            inbound = open_letter(delivery, epoch, self._explain(delivery))
+            taken = delivery[5].endswith(_TAKEN)
+            inbound = open_letter(delivery, epoch, self._explain(delivery, taken=taken))
             message = inbound.message
             if inbound.alone is not None:
                 self._alone[delivery[0]] = inbound.alone
             if inbound.group not in (None, self._group) or (
-                self._overlaps and self._is_another_queues(delivery, message)
+                self._overlaps and not taken and self._is_another_queues(delivery, message)
             ):
                 unwanted.append(delivery[0])
             elif inbound.due and (left := inbound.due - time.time()) > 0.001:
@@ -138,16 +150,17 @@ class RabbitMQSource:
         self._alone.clear()
         self._sent.clear()
         self._quiet.set()
+        self._empty.set()
         self._state(reason)
         self._wake()
 
-    def _explain(self, delivery: Delivery) -> int:
+    def _explain(self, delivery: Delivery, *, taken: bool) -> int:
         """How many hand-overs of a message that came back ended otherwise than with a process: with a connection of
         ours, or in a cancel of ours, where the broker takes back what it was about to push."""
         if not delivery[1]:
             return 0
         lost = self._lost.get(str(delivery[3].message_id), 0)
-        once = (delivery[3].headers or {}).get("x-delivery-count") == 1
+        once = not taken and (delivery[3].headers or {}).get("x-delivery-count") == 1
         return lost or int(once and self._hub.was_taken_back(self._queue_of(delivery)))
 
     def _is_another_queues(self, delivery: Delivery, message: Message[Any]) -> bool:
@@ -165,7 +178,9 @@ class RabbitMQSource:
         A lost connection is waited out, and `status()` says so.
         """
         while not self._stopped and self._window:
-            if self._apart:
+            if self._clearing:
+                pass
+            elif self._apart:
                 if not self._quiet.is_set():
                     await self._quiet.wait()
                 if self._buffer:
@@ -177,7 +192,8 @@ class RabbitMQSource:
             elif self._buffer:
                 return self._take(demand)
             self._demand = demand
-            self._ask()
+            if not self._clearing:
+                self._ask()
             self._waiter = self.loop.create_future()
             try:
                 await self._waiter
@@ -312,7 +328,9 @@ class RabbitMQSource:
             for tag in tags:
                 self._alone.pop(tag, None)
                 self._sent.pop(tag, None)
-        if self._waiter is not None and self._stale:
+        if self._clearing:
+            self._see_whether_empty()
+        elif self._waiter is not None and self._stale:
             self._ask()
 
     async def _settle_others(self, others: Sequence[Settlement]) -> list[Refused]:
@@ -324,7 +342,7 @@ class RabbitMQSource:
         bad: dict[int, str] = {}
         for index, settlement in enumerate(current):
             sent = self._sent.get(settlement.message.token, ())
-            makers = self._letters(settlement)
+            makers = self._copies.of(settlement)
             try:
                 made = [(number, await make()) for number, make in enumerate(makers) if number not in sent]
             except ValueError as error:  # it cannot be sent as it is; nothing of the settlement is
@@ -351,86 +369,89 @@ class RabbitMQSource:
             raise TransportError(f"the broker has not confirmed what belongs to a settle: {again}")
         return [*refused, *(Refused(current[index].message, "rejected", text) for index, text in bad.items())]
 
-    def _letters(self, settlement: Settlement) -> list[Callable[[], Awaitable[Letter]]]:
-        """What must be confirmed before a delivery is acknowledged: its outputs, and its copy where it goes back."""
-        message, outcome = settlement.message, settlement.outcome
-        if outcome in ("ack", "dead_letter"):
-            return [partial(self._hub.letter, outgoing) for outgoing in settlement.outputs]
-        if outcome == "retry":  # its handler ended, so whatever died with it before, it was not this message's doing
-            failures = message.failures + settlement.counted
-            return [partial(self._copy, message, failures, 0, delay=settlement.delay)]
-        alone, before = self._alone.get(message.token), message.deliveries - 1
-        return [partial(self._copy, message, message.failures, message.suspicions, before, alone, settlement.delay)]
-
-    async def _copy(
-        self,
-        message: Message[Any],
-        failures: int,
-        suspicions: int,
-        before: int | None = None,
-        alone: int | None = None,
-        delay: float = 0.0,
-    ) -> Letter:
-        more = {TOPIC: message.topic}
-        if before is not None and before != failures + suspicions:
-            more[BASE] = str(before)
-        if alone is not None:
-            more[ALONE] = str(alone)
-        if delay > 0:
-            more[DUE] = repr(time.time() + delay)
-        outgoing = Outgoing(
-            message.topic, message.body, message.key, message.headers, message.id, message.timestamp, delay
-        )
-        queue = self._own or self._hub.best_queue(self._group, message.topic) or self._queues[message.topic]
-        return await self._hub.to_queue(
-            queue, message.body, pack(outgoing, more, failures=failures, suspicions=suspicions), delay
-        )
+    # -- suspects
 
     async def suspect(self, message: Message[Any]) -> bool:
-        """Write down that the message is suspected: a copy that says so takes its place, and comes back to be run.
+        """Write down that the message is suspected: a copy among the suspects takes its place, and is taken to be run.
 
-        False: the message is not ours any more; or others came before the copy, which comes later. Raises
-        TransportError when it cannot be written now.
+        The broker counts how often it comes back from there: that is how often a process died while it ran alone, so
+        nothing more is written before its further runs. False: the message is not ours any more; or another process
+        took the copy. Raises TransportError when it cannot be written now.
         """
-        tag = message.token
-        if message.scope != self._epoch or not self._tags.is_open(tag):
+        epoch, tag = self._epoch, message.token
+        if message.scope != epoch or not self._tags.is_open(tag):
             return False
         if tag not in self._alone:
             now = suspicions_now(message.deliveries, message.failures, message.suspicions)
-            copy = await self._copy(message, message.failures, message.suspicions, message.deliveries - 1, now)
-            epoch = self._epoch
-            failed = await self._hub.send([copy])
+            failed = await self._hub.send([await self._copies.as_it_is(message, now)])
             if failed:
                 raise TransportError(f"the suspicion of message {message.id} is not written: {failed[0].text}")
             if self._epoch != epoch:
                 return False
             self._acknowledge([tag])
-            if not await self._comes_back(message):
+            await self._take_suspect(self._copies.source_of(message))
+            copy = next((one for one in self._buffer if one.id == message.id and one.token in self._alone), None)
+            if copy is None:
                 return False
+            self._buffer.remove(copy)
+            message.token, message.scope = copy.token, copy.scope
+            self._held[copy.token] = message
         message.suspicions = self._alone.pop(message.token)
         message.deliveries = message.attempt
         message.suspect = False
         return True
 
-    async def _comes_back(self, message: Message[Any]) -> bool:
-        """Wait for the copy of a message, which then stands for it. False: something else came first, or nothing."""
-        self._apart, self._demand = True, 1
-        self._withdraw()
+    async def _take_suspect(self, index: int) -> None:
+        """Take one of the suspects of a queue, if there is one. It has arrived then."""
         try:
-            async with asyncio.timeout(_RETURN):
-                await self._quiet.wait()
-                self._ask()
-                await self._quiet.wait()
-        except TimeoutError:
+            await self._hub.io.run(self._inlet.take_suspect(index))
+        except (TransportError, AMQPError) as error:
+            log.warning("suspects of %s wait: %s", self._inlet.queues[index], error)
+
+    async def _look_for_suspects(self) -> None:
+        """Take suspects that other processes left, one at a time, while nothing else is in hand.
+
+        Not before this process has lived for a while: where processes are killed soon after their start, a suspect that
+        they take would be blamed for it.
+        """
+        pause = STEADY
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), pause * (1 + random.random() / 4))
+                return
+            pause = STEADY
+            if not self._window or not self._epoch or (self._apart and self._held):
+                continue
+            queues = self._inlet.queues
+            try:
+                counts = await self._hub.io.run(self._inlet.waiting([suspects_of(queue) for queue in queues]))
+            except (TransportError, AMQPError):
+                continue
+            if any(counts):
+                pause = _SOON
+                await self._take_alone(max(range(len(queues)), key=counts.__getitem__))
+
+    async def _take_alone(self, index: int) -> None:
+        self._clearing = True  # so that nothing more is received meanwhile
+        try:
             self._withdraw()
-            return False
-        for index, copy in enumerate(self._buffer):
-            if copy.id == message.id and copy.token in self._alone:
-                del self._buffer[index]
-                message.token, message.scope = copy.token, copy.scope
-                self._held[copy.token] = message
-                return True
-        return False
+            self._see_whether_empty()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STEADY):  # handlers may take hours, and a suspect shall not wait for ever
+                    await self._empty.wait()
+            await self._quiet.wait()
+            await self._give_back()
+            if self._window and not self._ending.is_set():
+                await self._take_suspect(index)
+        finally:
+            self._clearing = False
+            self._wake()
+
+    def _see_whether_empty(self) -> None:
+        if self._held:
+            self._empty.clear()
+        else:
+            self._empty.set()
 
     async def flush(self) -> None:
         """Return when the broker has all acks."""
@@ -465,12 +486,14 @@ class RabbitMQSource:
         self._trouble = trouble
 
     async def backlog(self) -> Backlog | None:
-        """What waits in the queues of this subscription; not what waits on the delay ladder, which all groups share.
+        """What waits in the queues of this subscription, and its suspects; not what waits on the delay ladder, which
+        all groups share.
 
         `seconds` is the age of the newest message that was received: the oldest that waits is no older, where messages
         come in the order of their publishing. 0 before any was received.
         """
-        count = await self._hub.io.run(self._inlet.waiting()) + len(self._buffer)
+        queues = [*self._inlet.queues, *map(suspects_of, self._inlet.queues)]
+        count = sum(await self._hub.io.run(self._inlet.waiting(queues))) + len(self._buffer)
         return Backlog(count, max(0.0, time.time() - self._newest) if count and self._newest else 0.0)
 
     async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:
@@ -484,8 +507,8 @@ class RabbitMQSource:
         try:
             async with asyncio.timeout(self._hub.timeout):
                 await self._quiet.wait()
-                if self._tasks:
-                    await asyncio.wait(self._tasks)
+                if self._looking is not None:
+                    await asyncio.wait({self._looking, *self._tasks})
                 held = [message for tag, message in self._held.items() if tag not in kept]
                 await self.settle((), [Settlement(message, "release") for message in [*self._buffer, *held]])
                 await self.flush()
@@ -493,13 +516,15 @@ class RabbitMQSource:
             log.warning(
                 "%d messages go back to %s as if this process had died: %s", len(self._held), self._inlet, error
             )
-        for task in self._tasks:
+        for task in (*self._tasks, *([self._looking] if self._looking else ())):
             task.cancel()
         self.kept = bool(kept)
         if not kept:
             await self._hub.io.run(self._inlet.close())
 
-    def _in_background(self, work: Awaitable[Any]) -> None:
+    def _in_background(self, work: Awaitable[Any], *, last: bool = False) -> asyncio.Task[None]:
+        """Run it beside; `last`: it lasts as long as the source."""
+
         async def run() -> None:
             try:
                 await work
@@ -507,8 +532,10 @@ class RabbitMQSource:
                 log.exception("the source of %s goes on after", self._inlet)
 
         task = asyncio.ensure_future(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if not last:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return task
 
 
 _GONE = "its channel has ended, and the broker hands the message out again"

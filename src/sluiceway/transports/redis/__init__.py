@@ -7,7 +7,9 @@ settling.py    how deliveries end: which commands, and what is known of those se
 groups.py      consumer groups, and the server's settings
 keys.py        the keys of a topic and of a group
 entries.py     stream entries from and to messages
-scripts.py     what must happen in one step, in Lua
+lua.py         what the scripts have in common, and how the lanes of keys in order are kept
+taking.py      the scripts that receive, with and without order
+scripts.py     what else must happen in one step
 wire.py        one connection: hiredis behind a protocol of asyncio
 settings.py    the URL and its options
 renewer.py     leases, from a thread

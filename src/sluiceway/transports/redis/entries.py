@@ -69,7 +69,7 @@ def messages_of(
 def message_of(
     entry: Entry, topic: str, stream: str, consumer: str,
     delivered: int = 1, suspicions: int = 0, failures: int = 0, serial: int = 0,
-) -> Message[Any]:
+) -> Message[Any]:  # fmt: skip
     """One message, whatever its fields. `failures`: those that its entry does not say. `serial` tells apart what came
     to the same consumer more than once."""
     one, body, envelope = _opened(entry)

@@ -97,8 +97,8 @@ def findings(found: dict[str, str]) -> list[Finding]:
         made.append(Finding("warning", "Redis keeps no append-only file, so a crash of the server loses messages; "
                             "set `appendonly yes`"))  # fmt: skip
     if found.get("connected_slaves", "0") != "0" and "min_slaves_good_slaves" not in found:
-        made.append(Finding("warning", "Redis takes writes while its replicas lag, and one that takes over may lack them; "
-                            "set `min-replicas-to-write 1`"))  # fmt: skip
+        made.append(Finding("warning", "Redis takes writes that no replica has, and loses them when one takes "
+                            "over; set `min-replicas-to-write 1`"))  # fmt: skip
     policy = found.get("maxmemory_policy", "noeviction")
     if policy.startswith("allkeys") and found.get("maxmemory", "0") != "0":
         made.append(Finding("error", f"Redis may evict topics when its memory is full (maxmemory-policy {policy}); "

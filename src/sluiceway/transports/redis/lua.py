@@ -8,8 +8,8 @@ string), the topic's own `due`, and `lane`, with which the names of what keeps k
 A lane is what the group knows of one ordering key: `lane#waits#<key>` and `lane#held#<key>`, sorted sets of places. A
 place is an entry's id, written so that places sort as ids do. What is pending, and with whom, is the truth, and lanes
 are its index: a place found in the wrong set goes to the right one, and once per lease all lanes in which something
-waits (`lane#keys`, a set) are looked at, so that none stays shut for what another program did. `lane#open#` has the keys of which somebody may
-take something, `lane#open#<consumer>` those of which only he may, since he holds some of them.
+waits (`lane#keys`, a set) are looked at, so that none stays shut for what another program did. `lane#open#` has the
+keys of which somebody may take something, `lane#open#<consumer>` those of which only he may, since he holds some.
 """
 
 from __future__ import annotations
@@ -86,13 +86,14 @@ local function entry_of(place)
   local ms, seq, which = place:match('^0*(%d+)-0*(%d+):(%d)$')
   return tonumber(which), ms .. '-' .. seq
 end
-local function key_of(fields)
-  local key, ours
+local function key_of(fields)  -- and the only group that it is for
+  local key, ours, only
   for i = 1, #fields, 2 do
     if fields[i] == 'body' then ours = true end
     if fields[i] == 'sluiceway-key' then key = fields[i + 1] end
+    if fields[i] == 'sluiceway-group' then only = fields[i + 1] end
   end
-  return ours and key or nil
+  if ours then return key, only end
 end
 local function offer(lane, key, consumer)
   local first = call('ZRANGE', lane .. '#waits#' .. key, 0, 0)[1]

@@ -60,8 +60,8 @@ class Reception:
         self._subscription = subscription
         self._lease = lease
         self._ordered = subscription.order_by is not None
-        self._waking = [(of[0], of[1], of[1] + "#wake") for of in self.keys_of]  # streams to wait at for messages in order
-        self._behind: dict[str, bytes] = {}  # where these ended, when there was nothing to take
+        self._take = TAKE if self._ordered else TEND
+        self._behind: dict[str, bytes] = {}  # in order: where the streams to wait at ended, when there was nothing
         self._turn = 0  # which topic is first
         self.taking = asyncio.Lock()
         """In order: held from when messages are asked for until they are handed on. What goes back meanwhile would not
@@ -215,6 +215,7 @@ class Reception:
         """Renew the lease, find the dead, move what is due, and take what was handed back and what came for a retry."""
         found: list[Message[Any]] = []
         next_at = now + self._lease / 3
+        before = wire.received
         if now >= self._trim_at:
             self._trim_at = now + _TRIM
             for of in self.keys_of:
@@ -223,18 +224,18 @@ class Reception:
         self._behind = {}
         reap = int(now >= self._reap_at)
         self._turn += 1
-        for at in range(len(self.topics)):
-            at = (at + self._turn) % len(self.topics)
+        for turn in range(len(self.topics)):
+            at = (turn + self._turn) % len(self.topics)
             of = self.keys_of[at]
             room = min(want - len(found), self._fitting())
             heard = bells.get(of[1], ())
-            answer = await wire.run(TAKE if self._ordered else TEND, of, self.group, self.consumer, ms(self._lease), room, reap, 0, *heard)
+            answer = await wire.run(self._take, of, self.group, self.consumer, ms(self._lease), room, reap, 0, *heard)
             if not answer[0]:
                 await self.lost(wire, "the lease was lost")
                 return []
             _, soonest, more, gone, taken, *behind = answer
-            for key, last in zip(self._waking[at], behind and behind[0], strict=False):
-                self._behind[key] = last
+            if behind:
+                self._behind.update(zip((of[0], of[1], of[1] + "#wake"), behind[0], strict=False))
             if gone:
                 log.error("%d messages of %r were deleted from the stream before group %r had handled them: by XDEL, "
                           "or by XTRIM or MAXLEN of another program", gone, self.topics[at], self.group)  # fmt: skip
@@ -245,7 +246,9 @@ class Reception:
                 found.append(message_of([one, fields], topic, stream, self.consumer, *known))
             next_at = min(next_at, now if more else next_at, now + soonest / 1000 if soonest >= 0 else next_at)
         renewed[self.consumer] = now
-        self.held.update([message.token for message in found])
+        if found:
+            self.held.update([message.token for message in found])
+            self.bytes_each = (wire.received - before) / len(found)
         self._tend_at, self._tend_busy_at = next_at, now + _BUSY
         return found
 

@@ -31,7 +31,8 @@ for i = 4, #ARGV do
   local which, id, what, delay = tonumber(op[2]), op[3], op[4], tonumber(op[5])
   for j = 8, #op do outputs[j - 7] = list(op[j]) end
   local base = 1 + 8 * op[1]
-  local stream, retry, due, counts, lane = KEYS[base + which], KEYS[base + 2], KEYS[base + 3], KEYS[base + 5], KEYS[base + 8]
+  local stream, retry, due = KEYS[base + which], KEYS[base + 2], KEYS[base + 3]
+  local counts, lane = KEYS[base + 5], KEYS[base + 8]
   local function to(consumer, delivered)
     call('XCLAIM', stream, group, consumer, 0, id, 'RETRYCOUNT', delivered, 'JUSTID')
   end

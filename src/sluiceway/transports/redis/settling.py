@@ -109,7 +109,7 @@ class Settling:
         stream, number, *_ = message.token
         copy: bytes | str = b""
         key = self._key(message)
-        what = one.outcome if one.outcome in ("retry", "release") else "finish"
+        what: str = one.outcome if one.outcome in ("retry", "release") else "finish"
         if one.outcome == "park":
             what = "park" if key else "release"
         elif one.outcome == "retry" and key:  # its place is its entry's

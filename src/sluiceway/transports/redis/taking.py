@@ -58,7 +58,7 @@ local function take(which, id, delivered)
   local known = call('HMGET', counts, which .. id, 'f' .. which .. id)
   taken[#taken + 1] = {which, id, delivered, known[1] or '0', known[2] or '0', entry[2]}
   want = want - 1
-  return key_of(entry[2])
+  return (key_of(entry[2]))
 end
 local function soonest()
   local found = -1
@@ -169,7 +169,8 @@ end
 local function arrived(which, id, fields)
   steps = steps + 1
   if fields[1] == 'bell' then return finish(streams[which], group, id, true) end
-  local key = key_of(fields)
+  local key, only = key_of(fields)
+  if which == 1 and only and only ~= group then return finish(main, group, id) end
   if key then
     if state[key] == nil then
       local owner = hand(key)
@@ -197,7 +198,7 @@ if want > 0 then
       if want > 0 and steps <= STEPS then
         steps = steps + 1
         local entry = call('XRANGE', stream, p[1], p[1])[1]
-        local key = entry and key_of(entry[2])
+        local key = entry and (key_of(entry[2]))
         if key then join(key, i, p[1], p[4]) else take(i, p[1], p[4] + 1) end
       end
     end
