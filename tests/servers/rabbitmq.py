@@ -146,8 +146,8 @@ class RabbitMQServer(Server):
         if self._probe is None or self._probe.poll() is not None:
             self._probe = subprocess.Popen(
                 ["erl", "-noshell", "-sname", f"probe{self.port}@localhost", "-eval", _PROBE % self.port],
-                env={**os.environ, **self.environment()}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.folder,
-                text=True,
+                env={**os.environ, **self.environment()}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                cwd=self.folder, text=True,
             )  # fmt: skip
         assert self._probe.stdin is not None
         assert self._probe.stdout is not None

@@ -16,6 +16,7 @@ from sluiceway.message import Message, Outgoing, Settlement
 from sluiceway.source import Subscription
 from sluiceway.transports.nats import NATSSource, NATSTransport
 from sluiceway.transports.nats.headers import read_delivery
+from sluiceway.transports.nats.notes import sweep
 from tests.servers.nats import NATSServer
 from tests.servers.proxy import Proxy
 from tests.transports.nats_kit import (
@@ -256,6 +257,30 @@ async def test_a_note_goes_with_its_message(server: NATSServer) -> None:
         assert (await js.stream_info("sluiceway-notes")).state.messages == 3
         assert not await source.settle(await get(source, 3), [])
         assert (await js.stream_info("sluiceway-notes")).state.messages == 0
+
+
+async def test_notes_that_nobody_could_delete_are_swept_away_and_no_others(server: NATSServer) -> None:
+    async with connected(server) as transport, manager(server) as js:
+        source = await subscribe(transport, "t")
+        await publish(transport, "t", *numbered(4))
+        await source.settle([], [Settlement(one, "retry") for one in await get(source, 4)])
+        *messages, waits = await get(source, 4)
+        source._hand.noted.clear()  # as if the connection had broken between ack and deletion
+        assert not await source.settle(messages, [])
+        await source.settle([], [Settlement(waits, "retry", delay=60)])
+        assert (await js.stream_info("sluiceway-notes")).state.messages == 4
+        for consumer in await source._look():
+            await sweep(source._connection, consumer.path, consumer.floor)
+        assert (await js.stream_info("sluiceway-notes")).state.messages == 1
+
+
+async def test_what_came_before_it_is_due_waits_though_there_are_more_than_max_delayed(server: NATSServer) -> None:
+    async with connected(server, max_delayed=1) as transport:
+        source = await subscribe(transport, "t")
+        await publish(transport, "t", *numbered(3), delay=1.0)
+        messages = await get(source, 3)
+        assert [(one.attempt, one.deliveries, one.suspect) for one in messages] == [(1, 1, False)] * 3
+        assert not await source.settle([], [Settlement(one, "release", delay=60) for one in messages])
 
 
 async def test_more_delayed_messages_than_max_delayed_are_refused_until_there_is_room(server: NATSServer) -> None:

@@ -1,4 +1,4 @@
-"""NATS on the wire: the parser reads what nats-py's does, headers carry anything, filters cover what they should."""
+"""NATS on the wire: the parser reads what nats-py's does, and headers carry anything."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 from nats.protocol.parser import Parser
 
-from sluiceway._decisions.topics import matches
 from sluiceway.message import Outgoing
 from sluiceway.transports.nats.consumers import consumer_name
-from sluiceway.transports.nats.headers import read_delivery, read_headers, write_headers
-from sluiceway.transports.nats.streams import covers, filters_of
+from sluiceway.transports.nats.headers import path_of, place_of, read_delivery, read_headers, write_headers
 from sluiceway.transports.nats.wire import Frame, WireParser
 
 
@@ -135,6 +133,16 @@ def test_the_short_way_reads_what_the_long_way_reads() -> None:
     assert (long.envelope.id, long.envelope.timestamp) == ("abc", 1234567890.25)
 
 
+@pytest.mark.parametrize("name", ["abc-1", "with space", "über", "", "a\r\nb", " a", "\udcff"])
+def test_the_short_way_writes_what_the_long_way_writes(name: str) -> None:
+    for message in (Outgoing("t", b"", timestamp=1.5, id=name), Outgoing("t", b"", name, timestamp=1.5, id="own")):
+        short, long = (write_headers(message, dedupe=dedupe) for dedupe in (None, "d"))
+        assert short == long.replace(b"Nats-Msg-Id: d\r\n", b"")
+        for block in (short, long):
+            envelope = read_headers(block).envelope
+            assert (envelope.id, envelope.key, envelope.timestamp) == (message.id, message.key, 1.5)
+
+
 def test_an_ack_subject_is_read_with_and_without_a_domain() -> None:
     short = read_delivery(b"$JS.ACK.s.c.2.30.4.5000000000.6")
     assert (short.stream, short.consumer, short.count, short.seq, short.stored, short.pending) == (
@@ -146,25 +154,10 @@ def test_an_ack_subject_is_read_with_and_without_a_domain() -> None:
         6,
     )
     assert read_delivery(b"$JS.ACK.hub.acc.s.c.2.30.4.5000000000.6.rnd") == short
-
-
-TOPICS = ["a", "b", "a.b", "a.b.c", "z", "a.z", "a.b.z", "a.b.c.z", "x.y.c"]
-
-
-@pytest.mark.parametrize("pattern", ["a", "a.*", "*", "#", "a.#", "#.z", "a.#.z", "*.*.c", "*.#", "a.*.#"])
-def test_the_filters_of_a_pattern_leave_out_no_message_of_it(pattern: str) -> None:
-    for topic in TOPICS:
-        if matches(pattern, topic):
-            assert any(covers(one, topic) for one in filters_of(pattern)), (pattern, topic)
-
-
-@pytest.mark.parametrize(
-    ("wide", "narrow", "is_so"),
-    [("a.>", "a.b", True), ("a.>", "a", False), ("a.*", "a.>", False), ("a.>", "a.>", True), ("a.>", "a.*.c", True),
-     ("*", "a", True), ("a", "*", False), (">", "a.>", True), ("*.b", "a.*", False)],
-)  # fmt: skip
-def test_a_filter_covers_another(wide: str, narrow: str, is_so: bool) -> None:
-    assert covers(wide, narrow) is is_so
+    assert path_of(b"$JS.ACK.s.c.2.30.4.5000000000.6") == b"s.c"
+    assert place_of(b"$JS.ACK.s.c.2.30.4.5000000000.6") == ("s", 30)
+    assert place_of(b"$JS.ACK.hub.acc.s.c.2.30.4.5000000000.6.rnd") == ("s", 30)
+    assert path_of(b"$JS.ACK.hub.acc.s.c.2.30.4.5000000000.6.rnd") == b"s.c"
 
 
 def test_consumers_of_groups_and_topics_that_look_alike_have_names_of_their_own() -> None:

@@ -184,7 +184,7 @@ async def test_with_declare_no_nothing_is_made_and_what_is_missing_is_said(broke
         await one.aclose()
 
 
-async def test_classic_queues_are_taken_with_a_warning_and_still_find_what_kills(broker: RabbitMQBroker) -> None:
+async def test_classic_queues_are_taken_with_a_warning(broker: RabbitMQBroker) -> None:
     url = f"{broker.url()}&queue_type=classic"
     transport = RabbitMQTransport(url)
     await transport.connect()

@@ -204,20 +204,24 @@ async def test_a_deleted_queue_is_made_again_and_goes_on(broker: RabbitMQBroker,
     await source.aclose()
 
 
-async def test_deleted_exchanges_are_made_again(broker: RabbitMQBroker, transport: RabbitMQTransport) -> None:
+async def test_exchanges_that_are_deleted_under_a_source_are_made_again(
+    broker: RabbitMQBroker, transport: RabbitMQTransport
+) -> None:
     source = await opened(transport)
+    pattern = await opened(transport, "other.*")
     connection = await asyncio.to_thread(management, broker)
     channel = connection.channel()
     for name in (broker.exchange, f"{broker.exchange}|g", f"{broker.exchange}|g|*"):
         channel.exchange_delete(name)
     connection.close()
-    with pytest.raises(PublishError):
-        await transport.publish([Outgoing("t", b"into the void")])
-    await source.aclose()
-    source = await opened(transport)
     await publish(transport, b"a")
     assert [one.body for one in await take(source, 1)] == [b"a"]
+    await publish_all(transport, [Outgoing("other.x", b"b")])
+    assert [one.body for one in await take(pattern, 1)] == [b"b"]
+    with pytest.raises(PublishError, match="no group has its topic"):
+        await transport.publish([Outgoing("nobody", b"c")])
     await source.aclose()
+    await pattern.aclose()
 
 
 async def test_a_deleted_dead_letter_queue_is_made_again(broker: RabbitMQBroker, transport: RabbitMQTransport) -> None:
@@ -243,7 +247,6 @@ async def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path:
         await transport.publish([Outgoing("t", b"%d" % number) for number in range(200)])
         await transport.publish([Outgoing("t", b"delayed", delay=1.0)])
         held = await take(source, 50)
-        await asyncio.sleep(3)  # 3.10 can forget a queue that was made in the last moments before a kill
         await source.settle(held[:20], [])
         await source.settle([], [Settlement(held[20], "retry", delay=1.0)])
         await source.flush()

@@ -213,8 +213,8 @@ async def test_a_window_is_filled_in_few_receives(redis_server: RedisServer) -> 
     async with connected(redis_server) as transport:
         source = await ordered(transport)
         await transport.publish([Outgoing("t", b"%d" % number, f"k{number % 300}") for number in range(1000)])
-        first = await source.receive(1000)
-        assert len(first) + len(await source.receive(1000)) == 1000
+        got = [message for _ in range(5) for message in await source.receive(1000)]
+        assert len(got) == 1000
 
 
 async def test_an_entry_for_another_group_is_not_ours(redis_server: RedisServer) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from operator import attrgetter
 from typing import Any, Protocol
 
 from .._decisions.suspicion import group_size
@@ -24,8 +23,6 @@ from .settler import PipelineSettler
 from .spec import PipelineSpec
 
 log = logging.getLogger("sluiceway.intake")
-
-_suspect = attrgetter("suspect")
 
 TICK = 1e-6  # seconds: a timer may fire a clock's resolution early, and asking again at once would be told the same
 EMPTY = 0.001  # seconds to wait after a receive of nothing: a source may return at once, again and again
@@ -75,6 +72,7 @@ class Intake:
         self._prepare_for_draining = getattr(source, "prepare_for_draining", None)
         self._may_have_failed = spec.prepare is not None or getattr(source, "returns_failed", False)
         self._suspected = False  # the last receive had suspects
+        self._largest = 0  # bytes, the largest body in it
         self._apart = False  # and they run apart
         self._ran_dry = True  # the processors had nothing more to do when the last receive returned
         self._told_full = False  # that the window is full, since the last receive
@@ -135,7 +133,7 @@ class Intake:
                 )
             self.received += len(messages)
             self.settler.held.update(messages)
-            self._suspected = any(map(_suspect, messages))
+            self._look_at(messages)
         except BaseException:
             self._answered(0, demand)
             raise
@@ -249,16 +247,19 @@ class Intake:
             and not (self.batchers.busy or self.settler.unsent)
         )
 
-    async def _admit(self, messages: Sequence[Message[Any]]) -> None:
-        sizes = [len(message.body) for message in messages if not message.suspect]  # one pass for both questions
-        suspected = len(sizes) < len(messages)
-        if suspected:
+    def _look_at(self, messages: Sequence[Message[Any]]) -> None:
+        """Whether there are suspects among what was received, and how large it is: one pass for both questions."""
+        sizes = [len(message.body) for message in messages if not message.suspect]
+        self._suspected = len(sizes) < len(messages)
+        if self._suspected:
             sizes = [len(message.body) for message in messages]
-        largest = max(sizes, default=0)
-        self.window.saw_body(largest)
-        if self.spec.max_payload is not None and largest > self.spec.max_payload:
+        self._largest = max(sizes, default=0)
+
+    async def _admit(self, messages: Sequence[Message[Any]]) -> None:
+        self.window.saw_body(self._largest)
+        if self.spec.max_payload is not None and self._largest > self.spec.max_payload:
             self._fail_oversized(messages, self.spec.max_payload)
-        if self.quarantine is not None and suspected:
+        if self.quarantine is not None and self._suspected:
             if not self._apart:
                 log.warning("%s: a process died with messages in hand; they run apart from the others", self.spec.name)
             self._apart = True

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from ...envelope import ID, TIME, VERSION, Envelope, V, seal, unseal
+from ...envelope import ID, KEY, TIME, VERSION, Envelope, V, seal, unseal
 from ...message import NO_HEADERS, Outgoing
 
 ODD = "sluiceway-odd"
@@ -22,8 +22,9 @@ DUE = "sluiceway-due"
 _VISIBLE = re.compile(r"[!-~]+").fullmatch
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _OURS = re.compile(
-    rb"NATS/1\.0\r\nsluiceway-v: 1\r\nsluiceway-id: ([!-~]+)\r\nsluiceway-time: (\d{1,11}\.\d+)\r\n\r\n"
-).fullmatch  # what nearly all messages have; reading only these two takes 0.6 µs where all takes 3
+    rb"NATS/1\.0\r\nsluiceway-v: 1\r\nsluiceway-id: ([!-~]+)\r\nsluiceway-time: (\d{1,11}\.\d+)\r\n"
+    rb"(?:sluiceway-key: ([!-~]+)\r\n)?\r\n"
+).fullmatch  # what nearly all messages have; reading only these takes 0.6 µs where all takes 3
 
 
 class Delivery(NamedTuple):
@@ -51,16 +52,21 @@ def path_of(reply: bytes) -> bytes:
     return b".".join(words[2:4] if reply.count(b".") == 8 else words[4:6])
 
 
+def place_of(reply: bytes) -> tuple[str, int]:
+    """The stream in the subject of an ack, and the message's number in it."""
+    words = reply.split(b".", 8)
+    at = 2 if reply.count(b".") == 8 else 4
+    return words[at].decode(), int(words[at + 3])
+
+
 def write_headers(message: Outgoing, *, due: float | None = None, dedupe: str | None = None) -> bytes:
     """The header block of a message. Within the stream's window a `dedupe` is stored once."""
-    if (
-        message.key is message.group is due is dedupe is None
-        and not message.headers
-        and _VISIBLE(message.id)  # most are so: 0.6 µs in place of 4
-    ):
-        return (
-            f"NATS/1.0\r\n{V}: {VERSION}\r\n{ID}: {message.id}\r\n{TIME}: {message.timestamp!r}\r\n\r\n".encode()
-        )
+    key = message.key
+    more = message.group is not None or due is not None or dedupe is not None or message.headers
+    if not more and _VISIBLE(message.id) and (key is None or _VISIBLE(key)):  # what nearly all are
+        line = "" if key is None else f"{KEY}: {key}\r\n"
+        time = repr(message.timestamp)
+        return f"NATS/1.0\r\n{V}: {VERSION}\r\n{ID}: {message.id}\r\n{TIME}: {time}\r\n{line}\r\n".encode()
     plain: dict[str, str] = {}
     odd: dict[str, str] = {}
     for name, value in seal(message).items():
@@ -87,7 +93,8 @@ def read_headers(block: bytes) -> Read:
     """Read a header block, whatever is in it: a line that makes no sense is left out."""
     ours = _OURS(block)
     if ours is not None:
-        return Read(Envelope(ours[1].decode(), None, float(ours[2])), 0.0, None)
+        key = ours[3]
+        return Read(Envelope(ours[1].decode(), key.decode() if key else None, float(ours[2])), 0.0, None)
     if not block:
         return Read(_NOTHING, 0.0, None)
     headers: dict[str, str] = {}

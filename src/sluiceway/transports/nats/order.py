@@ -18,7 +18,7 @@ from ...errors import TransportError
 from ...message import Message, Settlement
 from .connection import Connection
 from .consumers import Consumer
-from .headers import read_delivery
+from .headers import place_of
 from .notes import note_subject, numbers, read_notes
 from .renewer import Token
 
@@ -42,7 +42,7 @@ class Order:
 
     def sort(self, messages: list[Message[Any]]) -> tuple[list[Message[Any]], list[Settlement]]:
         """Those that may be handed out, in their order, and parks for those that came too early."""
-        placed = sorted((_place(message), number) for number, message in enumerate(messages))
+        placed = sorted((place_of(message.token[0]), number) for number, message in enumerate(messages))
         out: list[Message[Any]] = []
         early: list[Settlement] = []
         for (stream, seq), number in placed:
@@ -58,7 +58,7 @@ class Order:
     def expect(self, message: Message[Any], seconds: float) -> None:
         """It is not due yet, and is being sent back."""
         if message.key is not None:
-            stream, seq = _place(message)
+            stream, seq = place_of(message.token[0])
             self._away.expect((stream, message.key), seq, time.monotonic() + seconds)
 
     def patience(self, token: Token) -> float:
@@ -97,6 +97,8 @@ class Order:
         return min(demand, self._away.coming(time.monotonic()))
 
     def _call(self) -> None:
+        if not self._connection.up.is_set():
+            return  # later: what is called now is not heard
         called = self._away.calls(time.monotonic())
         if called:
             self._connection.write(b"".join([b"PUB %b 4\r\n-NAK\r\n" % reply for reply, _ in called]))
@@ -133,7 +135,7 @@ class Order:
             over = set(self._away.overdue(now - max(self._lease, PARKED) - LATE))
             for lane, seq in {*late} - (noted - over):
                 self._away.forgets(lane, seq)
-            self._call()
+        self._call()
 
     async def recall(self) -> int:
         """Read what is away from the notes that others left; returns how many notes there are."""
@@ -147,8 +149,3 @@ class Order:
                     key = note.key.decode("utf-8", "surrogateescape")
                     self._away.expect((consumer.stream, key), seq, now + max(0.0, note.due - wall))
         return count
-
-
-def _place(message: Message[Any]) -> tuple[str, int]:
-    delivery = read_delivery(message.token[0])
-    return delivery.stream, delivery.seq

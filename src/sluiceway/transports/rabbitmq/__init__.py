@@ -3,6 +3,7 @@
 transport.py   RabbitMQTransport: connect, publish, browse
 source.py      RabbitMQSource: receive and settle, as the event loop sees them
 hub.py         what both share: the I/O thread, the outlet, where messages go
+copies.py      what takes the place of a message that goes back to the broker
 inlet.py       the connection of a source: pushes, acks, what is done when it is lost
 outlet.py      the connection that publishes
 tags.py        which deliveries are settled, and the fewest acks that say so

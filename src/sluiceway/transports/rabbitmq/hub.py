@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +22,9 @@ from .outlet import Failure, Outlet
 from .topology import RUNG, Declared, Names, rung_for, suspects_of
 from .wire import Connection, connect
 
+log = logging.getLogger("sluiceway")
+
+_MEND = 1.0  # seconds in which all is made again once at most
 _SOON = 0.2  # seconds in which what the broker took back comes again
 
 
@@ -36,6 +41,7 @@ class Hub:
         self._thread: IOThread | None = None
         self._outlet: Outlet | None = None
         self._connections: set[Connection] = set()  # touched on the I/O thread alone
+        self._mended = -math.inf  # when all was made again
         self._taken_back: dict[str, tuple[int, float]] = {}  # by queue: how many at most, and until when
 
     @property
@@ -95,11 +101,9 @@ class Hub:
     def wanted(self, subscription: Subscription) -> list[Declared]:
         group = subscription.group
         topics = [one for topic in subscription.topics for one in self.names.of_topic(group, topic)]
-        if self.passive:  # nobody makes them when they are needed
-            topics += [
-                one for topic in subscription.topics for one in self.names.suspects(self.names.queue(group, topic))
-            ]
-        return [*self.names.base(), *self.names.of_group(group), *topics]
+        queues = [self.names.queue(group, topic) for topic in subscription.topics]
+        suspects = [one for queue in queues for one in self.names.suspects(queue)]
+        return [*self.names.base(), *self.names.of_group(group), *topics, *suspects]
 
     def inlet(self, subscription: Subscription, queues: Sequence[str], listener: Listener) -> Inlet:
         loop = asyncio.get_running_loop()
@@ -182,5 +186,33 @@ class Hub:
         return Letter(self.names.delay, key, body, properties)
 
     async def send(self, letters: Sequence[Letter]) -> dict[int, Failure]:
-        """Publish; returns, by index, what may not be there."""
-        return await self.io.run(self.outlet.publish(letters, self.timeout)) if letters else {}
+        """Publish; returns, by index, what may not be there.
+
+        What is routed nowhere is sent once more after all that we know of is made again: somebody may have deleted it.
+        """
+        if not letters:
+            return {}
+        failed = await self.io.run(self.outlet.publish(letters, self.timeout))
+        homeless = [index for index, failure in failed.items() if failure.homeless]
+        if homeless and self.topics and not self.passive and time.monotonic() > self._mended + _MEND:
+            self._mended = time.monotonic()
+            try:
+                await self.io.run(self.outlet.declare(self._ways()))
+            except TransportError as error:
+                log.warning("exchanges and bindings cannot be made again: %s", error)
+                return failed
+            again = await self.io.run(self.outlet.publish([letters[index] for index in homeless], self.timeout))
+            failed = {index: failure for index, failure in failed.items() if not failure.homeless}
+            failed |= {homeless[at]: failure for at, failure in again.items()}
+        return failed
+
+    def _ways(self) -> list[Declared]:
+        """Exchanges and bindings of all that this process subscribed to or made.
+
+        No queues: RabbitMQ 3.10 does not tell a consumer of a deleted queue that it has ended, when there is one of
+        that name again at once. The source that misses its queue makes it.
+        """
+        groups = [one for group in self.topics for one in self.names.of_group(group)]
+        queues = [(group, topic) for group, topics in self.topics.items() for topic in topics]
+        ways = [*self.names.base(), *groups, *(one for pair in queues for one in self.names.of_topic(*pair))]
+        return [one for one in ways if one.what != "queue_declare"]

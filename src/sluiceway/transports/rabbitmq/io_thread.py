@@ -4,11 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class _QuietThread(logging.Filter):
+    """Keeps what pika logs on one thread out of the user's logs: it tells each lost connection many times, and we once.
+    pika elsewhere in the process, and its debug and info records, are left as they are."""
+
+    def __init__(self, thread: int) -> None:
+        super().__init__()
+        self._thread = thread
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread != self._thread or record.levelno < logging.WARNING
+
+    def __enter__(self) -> None:
+        for logger in _loggers():
+            logger.addFilter(self)
+
+    def __exit__(self, *_: object) -> None:
+        for logger in _loggers():
+            logger.removeFilter(self)
+
+
+def _loggers() -> list[logging.Logger]:
+    """pika's. A filter holds for one logger alone, not for those below it."""
+    known = logging.root.manager.loggerDict.items()
+    return [one for name, one in list(known) if name.startswith("pika") and isinstance(one, logging.Logger)]
 
 
 class IOThread:
@@ -21,8 +48,10 @@ class IOThread:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
+        quiet = _QuietThread(threading.get_ident())
         try:
-            self.loop.run_forever()
+            with quiet:
+                self.loop.run_forever()
         finally:
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()

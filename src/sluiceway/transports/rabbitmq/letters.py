@@ -60,10 +60,11 @@ def pack(outgoing: Outgoing, more: Mapping[str, str], *, failures: int = 0, susp
         del headers[ID]
     if (outgoing.headers or not short or outgoing.key) and _size(headers) > _MAX_HEADERS:
         raise ValueError(f"its headers have more than {_MAX_HEADERS} bytes, and RabbitMQ takes no more with a message")
+    name: Any = _text_or_bytes(outgoing.id) if short else None
     return BasicProperties(
         headers=headers,
         delivery_mode=2,
-        message_id=_text_or_bytes(outgoing.id) if short else None,
+        message_id=name,
         timestamp=int(outgoing.timestamp),
     )
 

@@ -24,14 +24,15 @@ _MOST_BYTES = 16 * 1024 * 1024  # and their bodies: pika would buffer without li
 
 
 class Failure(Struct, frozen=True):
-    """Why a letter may not be there. `mendable`: another try may succeed."""
+    """Why a letter may not be there. `mendable`: another try may succeed. `homeless`: it was routed to no queue."""
 
     text: str
     mendable: bool = True
+    homeless: bool = False
 
 
-def _refusal(text: str) -> Failure:
-    return Failure(text, mendable=False)
+def _refusal(text: str, *, homeless: bool = False) -> Failure:
+    return Failure(text, mendable=False, homeless=homeless)
 
 
 class _Call:
@@ -188,7 +189,8 @@ class Outlet:
             letter = call.letters[index]
             same = (letter.exchange, letter.key) == (method.exchange, method.routing_key)
             if same and letter.properties.message_id == properties.message_id and index not in call.failed:
-                call.failed[index] = _refusal(f"no queue takes it ({method.reply_text}): no group has its topic")
+                text = f"no queue takes it ({method.reply_text}): no group has its topic"
+                call.failed[index] = _refusal(text, homeless=True)
                 return
 
     def _on_blocked(self, _: Any, frame: Any) -> None:

@@ -79,10 +79,19 @@ class RabbitMQTransport:
         """Make the groups' queues, or say what is missing. Raises OptionError for a topic that cannot be."""
         findings: list[Finding] = []
         if self._options.queue_type == "classic":
-            text = "classic queues count no deliveries, so what kills its process is found later; use queue_type=quorum"
+            text = (
+                "classic queues do not count how often a message came back, so one that kills its processes is found "
+                "later, and they live on one node alone; use queue_type=quorum"
+            )
             findings.append(Finding("warning", text))
         for subscription in subscriptions:
             _check(subscription)
+            if subscription.window < len(subscription.topics):
+                text = (
+                    f"group {subscription.group!r} has {len(subscription.topics)} topics and a window of "
+                    f"{subscription.window}: the broker pushes one message of each; raise max_demand"
+                )
+                findings.append(Finding("warning", text))
             wanted = self._hub.wanted(subscription)
             problems = await self._hub.io.run(self._declare(wanted, passive=self._hub.passive or not create))
             findings += [Finding("error", problem) for problem in problems]

@@ -8,7 +8,6 @@ and each rejection counts against the message; here that arrives like all the re
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from struct import Struct
 from typing import Any, TypeVar
@@ -30,8 +29,6 @@ _HEAD = Struct(">BHI").unpack_from  # frame type, channel, size; the payload and
 _INDEX = Struct(">I").unpack_from
 _LONG = Struct(">Q").unpack_from
 _DELIVER = Basic.Deliver.INDEX
-
-logging.getLogger("pika").setLevel(logging.CRITICAL)  # it tells each lost connection many times; we tell it once
 
 
 class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
@@ -81,7 +78,7 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
                 self._parts[number] = _deliver(data, at + 11)
                 self.bytes_received += length  # by which pika sees that the server lives
             elif number not in self._parts or kind == _METHOD:
-                super()._on_data_available(data[at:end])
+                super()._on_data_available(data[at:end])  # pyright: ignore[reportAttributeAccessIssue]
             elif kind == _HEADER:
                 part = self._parts[number]
                 part[4] = _LONG(data, at + 11)[0]

@@ -26,6 +26,7 @@ from .wire import Line, ReplyError, Wire
 log = logging.getLogger("sluiceway")
 
 _BUSY = 0.1  # seconds: while messages come in without a pause, retries and releases are looked for this often
+_AT_ONCE = 250  # messages taken in order in one step, which is some ten milliseconds of the server's time
 _TRIM = 1.0  # seconds between two looks at what all groups have finished
 
 
@@ -227,7 +228,7 @@ class Reception:
         for turn in range(len(self.topics)):
             at = (turn + self._turn) % len(self.topics)
             of = self.keys_of[at]
-            room = min(want - len(found), self._fitting())
+            room = min(want - len(found), self._fitting(), _AT_ONCE if self._ordered else want)
             heard = bells.get(of[1], ())
             answer = await wire.run(self._take, of, self.group, self.consumer, ms(self._lease), room, reap, 0, *heard)
             if not answer[0]:

@@ -47,8 +47,9 @@ class Settling:
             return
         tokens = [one.token for one in messages]
         commands: list[tuple[Any, ...]] = []
-        for stream in {token[0] for token in tokens}:
-            ids = [token[1] for token in tokens if token[0] == stream]
+        streams = {token[0] for token in tokens}
+        for stream in streams:
+            ids = [token[1] for token in tokens if len(streams) == 1 or token[0] == stream]
             commands.append(("XACK", stream, self._group, *ids))
             if self.places[stream][1] == 2:
                 commands.append(("XDEL", stream, *ids))

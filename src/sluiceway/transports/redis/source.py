@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -28,6 +29,8 @@ from .settling import Settling
 from .wire import Line
 
 log = logging.getLogger("sluiceway")
+
+_suspicions = attrgetter("suspicions")
 
 _PROMPT = 1.0  # seconds after which a read that has to end is cut off
 _GONE = ("NOGROUP", "UNBLOCKED", "ERR no such key", "ERR The XGROUP")  # how the server says that a group is not there
@@ -189,23 +192,26 @@ class RedisSource:
         wire = await self._line.wire()  # before the lease is looked at: this may take a while
         fenced = time.monotonic() - renewed.get(consumer, 0.0) > self._lease * 2 / 3
         held = self._reception.held
+        tokens = [one.token for one in acks]
+        if not (fenced or others) and held.issuperset(tokens) and not any(map(_suspicions, acks)):
+            await self._settling.ack(wire, consumer, acks)
+            held.difference_update(tokens)
+            return ()
         plain = [] if fenced else [one for one in acks if not one.suspicions and one.token in held]
         if plain:
             await self._settling.ack(wire, consumer, plain)
-        refused: list[Refused] = []
-        done = [one.token for one in plain]
-        if len(plain) != len(acks) or others:
-            known = set(done)
-            rest = [Settlement(one, "ack") for one in acks if one.token not in known]
-            refused = await self._settle(self._acking, rest) + await self._settle(self._settling, others)
-            kept = {one.message.token for one in refused if one.kind == "rejected"}
-            held.difference_update({one.message.token for one in (*rest, *others)} - kept)
-        held.difference_update(done)
+        done = {one.token for one in plain}
+        rest = [Settlement(one, "ack") for one in acks if one.token not in done]
+        refused = await self._settle(self._acking, rest) + await self._settle(self._settling, others)
+        kept = {one.message.token for one in refused if one.kind == "rejected"}
+        held.difference_update(done, {one.message.token for one in (*rest, *others)} - kept)
         return refused
 
     async def _settle(self, settling: Settling, some: Sequence[Settlement]) -> list[Refused]:
         """What is no plain ack. What we do not hold any more, or never did under this name, is lost."""
         refused: list[Refused] = []
+        if not some:  # then the other task may be at it
+            return refused
         ours: list[Settlement] = []
         for one in some:
             if one.message.token not in self._reception.held:
