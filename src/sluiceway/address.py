@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -46,13 +47,29 @@ def url_options(kind: str, query: str, known: Mapping[str, Convert]) -> dict[str
 
 
 def without_secrets(url: str) -> str:
-    """The URL as it may be shown: the user stays, a password or token does not, nor do the options."""
+    """The URL as it may be shown: the user stays, a password or token does not."""
     head, at, tail = url.rpartition("@")
     if not at:
         return url
-    scheme, _, user = head.partition("://")
+    scheme, found, user = head.partition("://")
+    if not found:  # no URL at all: what stands where is not known
+        return f"***@{tail}"
     name, colon, _ = user.partition(":")
     return f"{scheme}://{name if colon else '***'}{':***' if colon else ''}@{tail}"
+
+
+def check_escaped(url: str) -> None:
+    """Raise OptionError for an @ behind the host, before anything of the URL is shown.
+
+    A password with a plain / ? or # in it ends the host there, and its rest looks like a port, a path or an option.
+    """
+    rest = url.partition("://")[2]
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    if "@" in rest[len(host) :]:
+        raise OptionError(
+            f"the URL {without_secrets(url)!r} has an @ behind its host; "
+            "write / as %2F, ? as %3F, # as %23 and @ as %40 in its user, its password and its options"
+        )
 
 
 class TLS(Struct, frozen=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sluiceway import ConnectError, OptionError
+from sluiceway import App, ConnectError, OptionError
 from sluiceway.address import TLS, url_options, without_secrets, yes_or_no
 
 KNOWN = {"lease": float, "window": int, "declare": yes_or_no, "prefix": str}
@@ -41,10 +41,26 @@ def test_a_wrong_option_is_an_error_that_says_what_is_right(query: str, text: st
         ("redis://:s3cret@host", "redis://:***@host"),
         ("nats://s3cret@host", "nats://***@host"),
         ("amqp://ada:s3@cret@host", "amqp://ada:***@host"),
+        ("amqp://ada:s3/c?r#et@host", "amqp://ada:***@host"),
+        ("ada:s3cret@host:6379", "***@host:6379"),
+        ("redis:/ada:s3cret@host", "***@host"),
     ],
 )
 def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
     assert without_secrets(url) == shown
+
+
+@pytest.mark.parametrize("mark", ["/", "?", "#", "/x@y", "?x=1&y="])
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "nats", "tls", "amqp", "amqps"])
+def test_a_password_that_is_not_escaped_is_an_error_that_does_not_show_it(scheme: str, mark: str) -> None:
+    with pytest.raises(OptionError, match=r"has an @ behind its host; write / as %2F") as caught:
+        App(f"{scheme}://ada:s3cr{mark}et12@host:1234/x")
+    assert "s3cr" not in str(caught.value)
+    assert "et12" not in str(caught.value)
+
+
+def test_a_path_of_sqlite_may_have_an_at(tmp_path: Path) -> None:
+    assert App(f"sqlite:///{tmp_path}/a@b.db").broker.endswith("b.db")
 
 
 def test_a_key_needs_its_certificate() -> None:

@@ -21,9 +21,14 @@ _PROBE = """
     Ask = fun(Again) ->
         Name = list_to_binary(string:trim(io:get_line(""))),
         Name =:= <<>> andalso halt(),
-        {ok, Queue} = rpc:call(Node, rabbit_amqqueue, lookup, [{resource, <<"/">>, queue, Name}]),
-        Leader = rpc:call(Node, amqqueue, get_pid, [Queue]),
-        {ok, {_, Held}, _} = rpc:call(Node, ra, local_query, [Leader, fun rabbit_fifo:query_messages_checked_out/1]),
+        Held = case rpc:call(Node, rabbit_amqqueue, lookup, [{resource, <<"/">>, queue, Name}]) of
+            {ok, Queue} ->
+                Leader = rpc:call(Node, amqqueue, get_pid, [Queue]),
+                Count = fun rabbit_fifo:query_messages_checked_out/1,
+                {ok, {_, Now}, _} = rpc:call(Node, ra, local_query, [Leader, Count]),
+                Now;
+            _ -> 0
+        end,
         io:format("~b~n", [Held]),
         Again(Again)
     end,

@@ -44,7 +44,7 @@ async def one(source: Source) -> Message[bytes]:
 
 
 async def left_by_a_process_that_died_with_it_alone(broker: RabbitMQBroker) -> RabbitMQTransport:
-    """A message that was in hand at two deaths, the second while it ran alone. Returns a client that sees no process."""
+    """A message was in hand at two deaths, the second while it ran alone. Returns a client that saw neither."""
     other = RabbitMQTransport(broker.url())
     await other.connect()
     await other.ensure([SUBSCRIPTION], create=True)
@@ -119,7 +119,7 @@ async def test_one_poison_message_among_two_hundred_costs_one_dead_letter_with_t
     good = [b"%d" % number for number in range(200)]
     await client.publish([Outgoing("t", body) for body in [*good[:90], b"poison", *good[90:]]])
     command = [sys.executable, "-m", "sluiceway.testing._actor", "work", broker.url(), "g", "50", str(ledger)]
-    processes = [subprocess.Popen(command) for _ in range(2)]
+    processes = [start(command) for _ in range(2)]
     try:
         deadline = time.monotonic() + 90
         letters: list[bytes] = []
@@ -128,7 +128,7 @@ async def test_one_poison_message_among_two_hundred_costs_one_dead_letter_with_t
             for index, process in enumerate(processes):
                 if process.poll() is not None:
                     assert process.returncode == -signal.SIGKILL
-                    processes[index] = subprocess.Popen(command)
+                    processes[index] = start(command)
             await asyncio.sleep(0.1)
             letters = [stored.body async for stored in client.browse("t.g.dead")]
         for process in processes:
@@ -143,6 +143,10 @@ async def test_one_poison_message_among_two_hundred_costs_one_dead_letter_with_t
     starts = Counter(line.split()[2] for line in ledger.read_bytes().splitlines() if line.startswith(b"start"))
     assert 3 <= starts.pop(b"poison") <= 5
     await client.aclose()
+
+
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command)
 
 
 def ended(ledger: Path) -> set[bytes]:

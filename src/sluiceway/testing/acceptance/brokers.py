@@ -32,6 +32,8 @@ class Broker:
     - `early`, `late`: seconds that a delayed message may come before and after its time. A ladder is late by a rung.
     - `soon`: seconds after which what should come is said to be lost.
     - `topics`: how many topics the test of many topics uses.
+    - `tells_age`: `backlog` says how long the oldest message has waited, also before one was received.
+    - `tells_delayed`: `backlog` counts what waits for its delay.
     """
 
     name: str = ""
@@ -43,6 +45,8 @@ class Broker:
     late: float = 20.0
     soon: float = 20.0
     topics: int = 10_000
+    tells_age: bool = True
+    tells_delayed: bool = True
 
     def client(self) -> Transport:
         """A transport of its own to this broker, not connected yet."""

@@ -193,7 +193,7 @@ class RedisSource:
         fenced = time.monotonic() - renewed.get(consumer, 0.0) > self._lease * 2 / 3
         held = self._reception.held
         tokens = [one.token for one in acks]
-        if not (fenced or others) and held.issuperset(tokens) and not any(map(_suspicions, acks)):
+        if tokens and not (fenced or others) and held.issuperset(tokens) and not any(map(_suspicions, acks)):
             await self._settling.ack(wire, consumer, acks)
             held.difference_update(tokens)
             return ()
