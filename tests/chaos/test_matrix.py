@@ -15,7 +15,6 @@ from chaos.brokers import BROKERS
 from chaos.cell import run_cell
 from chaos.faults import FAULTS, Fault
 
-
 USUAL = ("restart", "cut", "kill worker", "locked file")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -95,6 +96,11 @@ class Order:
         if self._away.parked < MOST:
             return demand
         return min(demand, self._away.coming(time.monotonic()))
+
+    @property
+    def known(self) -> int:
+        """How many messages are away."""
+        return self._away.parked + self._away.coming(math.inf)
 
     def _call(self) -> None:
         if not self._connection.up.is_set():

@@ -200,12 +200,14 @@ class NATSSource:
         self._left += messages
 
     async def _others_may_have_earlier(self) -> bool:
-        """Whether a process may have died with messages in hand, which come before others of their keys. Others that
-        live and have some look the same, so that is waited for no longer than a lease, once."""
+        """Whether messages that nobody has, of a process that died or lost on their way as a connection broke, come
+        before others of their keys. What living processes have looks the same, so that is waited for no longer than a
+        lease."""
         if not self._others_until:
             return False
         held = sum(consumer.held for consumer in await self._look())
-        if held <= self._notes_before or time.monotonic() >= self._others_until:
+        known = max(self._notes_before, len(self._hand.held) + (self._order.known if self._order is not None else 0))
+        if held <= known or time.monotonic() >= self._others_until:
             self._others_until = 0.0
         return bool(self._others_until)
 
@@ -240,6 +242,9 @@ class NATSSource:
 
     def _on_change(self) -> None:
         self._since = time.time()
+        self._notes_before = 0
+        if self._order is not None:
+            self._others_until = time.monotonic() + (self.lease or 0.0)
         self._pulls.wake()
 
     # -- settling

@@ -20,7 +20,7 @@ from .wire import Channel, Connection, Delivery
 log = logging.getLogger("sluiceway")
 
 SUSPECTS = "suspects"  # in the place of a consumer's number: what was taken from the suspects of a queue
-_SILENCE = 0.005  # seconds without a push after which a consumer is cancelled
+_SILENCE = 0.03  # seconds without a push after which a consumer is cancelled
 
 
 class Listener(Protocol):
