@@ -113,7 +113,9 @@ def topics_of(app: App, name: str | None, group: str | None, *, exact: bool) -> 
 def _of_all(app: App) -> tuple[str, ...]:
     found = [topic for one in app.consumers.values() for topic in _dead_topics(app, one)]
     if not found:
-        raise Fault("name a dead-letter topic, a consumer or a topic, or the app with --app: here is none with consumers")
+        raise Fault(
+            "name a dead-letter topic, a consumer or a topic, or the app with --app: here is none with consumers"
+        )
     return tuple(dict.fromkeys(found))
 
 

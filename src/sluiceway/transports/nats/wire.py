@@ -47,9 +47,16 @@ class WireClient(Client):
         await super()._process_pong()
 
     def on_silence(self, call: Callable[[], None]) -> None:
-        """Have `call` called when it reads no more, for whatever reason."""
-        reading: Any = self._reading_task
-        reading.add_done_callback(lambda _: call())
+        """Have `call` called, once or twice, when it reads or writes no more, for whatever reason."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                task.exception()  # closing a connection that was reset raises in nats-py's own task
+            call()
+
+        tasks: Any = (self._reading_task, self._flusher_task)
+        for task in tasks:
+            task.add_done_callback(ended)
 
     def write(self, data: bytes) -> None:
         """Write now, behind what the client has yet to write."""
