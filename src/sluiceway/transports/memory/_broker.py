@@ -272,7 +272,7 @@ class Broker:
         if any(queue.keyed for queue in hold.queues):
             self._leave(hold, [held[one.token] for one in messages if one.token in held])
         refused: list[Refused] = []
-        left = iter(messages)
+        message, left = messages[0], iter(messages)
         while True:  # once more for each that is lost, so that no other costs a `try`
             try:
                 for message in left:

@@ -15,7 +15,7 @@ from nats.errors import AuthorizationError
 from ..._decisions.backoff import reconnect_delay
 from ...errors import ConnectError, TransportError
 from .settings import Settings
-from .wire import Frame, WireClient
+from .wire import Frame, WireClient, on_end
 
 log = logging.getLogger("sluiceway.nats")
 
@@ -174,7 +174,7 @@ class Connection:
         self.handlers = {b"r": self._on_answers}
         self._down.clear()
         self.up.set()
-        client.on_silence(on_silence)
+        on_end(client, on_silence)
         self.write(f"SUB {self.inbox}.r.* r\r\n".encode())
         try:
             await self._check(client)

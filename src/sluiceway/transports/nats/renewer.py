@@ -13,6 +13,7 @@ from nats.aio.client import Client
 
 from ...errors import TransportError
 from .settings import Settings
+from .wire import on_end
 
 Token = tuple[bytes, float]
 """Where a delivery is acked, and a time before which it had not come, by the machine's monotonic clock."""
@@ -55,6 +56,7 @@ class NATSRenewer:
         try:
             options: Any = {**settings.connect_options(), "error_cb": _quiet, "name": "sluiceway leases"}
             self._runner.run(self._client.connect(**options))
+            on_end(self._client, lambda: None)
         except Exception as error:
             self._runner.close()
             raise TransportError(f"cannot reach NATS at {settings.where()} to renew leases: {error}") from error

@@ -46,18 +46,6 @@ class WireClient(Client):
             pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
-    def on_silence(self, call: Callable[[], None]) -> None:
-        """Have `call` called, once or twice, when it reads or writes no more, for whatever reason."""
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled():
-                task.exception()  # closing a connection that was reset raises in nats-py's own task
-            call()
-
-        tasks: Any = (self._reading_task, self._flusher_task)
-        for task in tasks:
-            task.add_done_callback(ended)
-
     def write(self, data: bytes) -> None:
         """Write now, behind what the client has yet to write."""
         private: Any = self
@@ -65,6 +53,20 @@ class WireClient(Client):
             waiting, private._pending, private._pending_data_size = private._pending, [], 0
             data = b"".join([*waiting, data])
         private._transport.write(data)
+
+
+def on_end(client: Client, call: Callable[[], None]) -> None:
+    """Have `call` called when one of nats-py's own tasks ends. Closing a connection that was reset raises in them, and
+    asyncio would say so at any time after."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.exception()
+        call()
+
+    private: Any = client
+    for task in (private._reading_task, private._flusher_task):
+        task.add_done_callback(ended)
 
 
 class WireParser(Parser):
