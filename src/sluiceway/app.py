@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -63,7 +64,8 @@ def open_transport(url: str) -> Transport:
 class App:
     """A broker and the consumers that run over it.
 
-    - `broker`: a URL or a Transport; unless given `sqlite:///sluiceway.db`, a file in the working folder.
+    - `broker`: a URL or a Transport; unless given what the environment variable SLUICEWAY_URL says, else
+      `sqlite:///sluiceway.db`, a file in the working folder.
     - `group`: the group of consumers that name none. Each group gets every message once.
     - `lifespan`: an async context manager function; what it yields is handed to every handler that takes a second
       argument. It is entered before the first message and left after the last settle.
@@ -80,7 +82,7 @@ class App:
 
     def __init__(
         self,
-        broker: str | Transport = DEFAULT_URL,
+        broker: str | Transport | None = None,
         *,
         group: str = "default",
         lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
@@ -101,6 +103,8 @@ class App:
         for name, value in (("middleware", middleware), ("batch_middleware", batch_middleware)):
             problem = OPTIONS[name].check(value)
             _check(name, value, problem is None, problem or "")
+        if broker is None:
+            broker = os.environ.get("SLUICEWAY_URL") or DEFAULT_URL
         self.url = broker if isinstance(broker, str) else None
         self.group = group
         self.middleware = middleware

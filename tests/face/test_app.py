@@ -143,6 +143,14 @@ except OptionError as error:
     assert "pip install 'sluiceway[" in told
 
 
+def test_without_a_broker_the_environment_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICEWAY_URL", "memory://")
+    assert App().url == "memory://"
+    assert App("sqlite:///own.db").url == "sqlite:///own.db"
+    monkeypatch.setenv("SLUICEWAY_URL", "")
+    assert App().url == "sqlite:///sluiceway.db"
+
+
 def test_another_broker_can_be_chosen_until_it_is_connected() -> None:
     made = App("sqlite:///elsewhere.db")
     made.use("memory://")

@@ -232,6 +232,11 @@ async def test_a_blocked_broker_is_told_and_bounds_the_wait(tmp_path: Path) -> N
         assert source.status().state == "blocked"
         assert not await source.settle([first], [])  # acks go on
         assert (await asyncio.wait_for(source.receive(1), 10))[0].body == b"b"
+        publisher = RabbitMQTransport(f"{server.url()}?timeout=2")
+        await publisher.connect()
+        with pytest.raises(PublishError, match="memory"):
+            await publisher.publish([Outgoing("t", b"c")])
+        await asyncio.wait_for(publisher.aclose(), 15)  # though the server does not read that it is closed
         await asyncio.to_thread(server.control, "set_vm_memory_high_watermark", "0.4")
         await until(lambda: source.status().state != "blocked")
         await transport.publish([Outgoing("t", b"d")])

@@ -23,7 +23,7 @@ async def browse_queue(connect: Connect, queue: str, topic: str, after: str | No
     try:
         found = await _hold(connection, await connection.channel_of_its_own(), queue)
     finally:
-        await _end(connection)
+        await connection.finish()
     stored = [open_stored(one, topic) for one in found]
     positions = [one.position for one in stored]
     if after in positions:
@@ -42,7 +42,7 @@ async def remove_from_queue(connect: Connect, queue: str, topic: str, positions:
         if channel.raw.is_open:
             await channel.ask("basic_qos", prefetch_count=1)  # the broker has the acks when it answers
     finally:
-        await _end(connection)
+        await connection.finish()
 
 
 async def _hold(connection: Connection, channel: Channel, queue: str) -> list[Delivery]:
@@ -72,8 +72,3 @@ async def _hold(connection: Connection, channel: Channel, queue: str) -> list[De
         except TimeoutError:
             break
     return found[:wanted]
-
-
-async def _end(connection: Connection) -> None:
-    connection.end()
-    await connection.lost

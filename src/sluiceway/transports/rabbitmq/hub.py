@@ -20,7 +20,7 @@ from .io_thread import IOThread
 from .letters import DUE, STORED, TOPIC, Letter, pack
 from .outlet import Failure, Outlet
 from .topology import RUNG, Declared, Names, rung_for, suspects_of
-from .wire import Connection, connect
+from .wire import CLOSE, Connection, connect
 
 log = logging.getLogger("sluiceway")
 
@@ -71,7 +71,7 @@ class Hub:
         for connection in self._connections:
             connection.end()
         if self._connections:
-            await asyncio.wait([connection.lost for connection in self._connections], timeout=self.timeout)
+            await asyncio.wait([connection.lost for connection in self._connections], timeout=CLOSE)
 
     async def open(self) -> list[str]:
         """Start the thread and connect the outlet; returns what is wrong at the broker. Idempotent."""

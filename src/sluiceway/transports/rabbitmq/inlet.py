@@ -213,8 +213,7 @@ class Inlet:
         self._keeping.cancel()
         for task in self._cancels:
             task.cancel()
-        self.connection.end()
-        await self.connection.lost
+        await self.connection.finish()
 
     def _on_cancel(self, frame: Any) -> None:
         log.warning(

@@ -189,7 +189,8 @@ class Outlet:
             letter = call.letters[index]
             same = (letter.exchange, letter.key) == (method.exchange, method.routing_key)
             if same and letter.properties.message_id == properties.message_id and index not in call.failed:
-                text = f"no queue takes it ({method.reply_text}): no group has its topic"
+                why = "no group has its topic; start a consumer of it once, which makes its queue"
+                text = f"no queue takes it ({method.reply_text}): {why}"
                 call.failed[index] = _refusal(text, homeless=True)
                 return
 
@@ -207,5 +208,4 @@ class Outlet:
         self._keeping.cancel()
         connection, self.connection = self.connection, None
         if connection is not None:
-            connection.end()
-            await connection.lost
+            await connection.finish()

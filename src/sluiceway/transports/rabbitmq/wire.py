@@ -24,6 +24,7 @@ T = TypeVar("T")
 Delivery = tuple[int, bool, str, BasicProperties, bytes, bytes]
 """Delivery tag, redelivered, routing key, properties, body, consumer's tag."""
 
+CLOSE = 3.0  # seconds for a server to answer that a connection is closed
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _HEAD = Struct(">BHI").unpack_from  # frame type, channel, size; the payload and one closing byte follow
 _INDEX = Struct(">I").unpack_from
@@ -58,6 +59,14 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
         """Close it, if it is open still."""
         if self.is_open:
             self.close()
+
+    async def finish(self) -> None:
+        """Close it, and return when it has ended; a server under an alarm does not read that, so it is
+        given a moment only."""
+        self.end()
+        if not (await asyncio.wait((self.lost,), timeout=CLOSE))[0]:
+            self._adapter_disconnect_stream()
+            await asyncio.wait((self.lost,), timeout=CLOSE)
 
     async def channel_of_its_own(self) -> Channel:
         opened: asyncio.Future[None] = self.loop.create_future()

@@ -32,9 +32,10 @@ class Script(Struct, frozen=True):
     sha: str
 
 
-def script(what: str, text: str, *, lanes: bool = False) -> Script:
-    """A script with what it needs before it."""
-    text = _COMMON + (_LANES if lanes else "") + text
+def script(what: str, text: str, *, lanes: bool = False, adds: bool = False) -> Script:
+    """A script with what it needs before it. But for one that only `adds`, it runs on a full server too: it is what
+    consumers make room by."""
+    text = ("" if adds else "#!lua flags=allow-oom\n") + _COMMON + (_LANES if lanes else "") + text
     return Script(what, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 

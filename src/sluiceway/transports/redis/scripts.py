@@ -221,6 +221,6 @@ return {waits, oldest}
 )
 
 # In: an output: stream, delay, where it waits, fields, and for a topic how its groups' retry streams begin.
-DELAY = script("publish with a delay", "put(unpack(list(ARGV[1])))")
+DELAY = script("publish with a delay", "put(unpack(list(ARGV[1])))", adds=True)
 
 SCRIPTS = (TEND, TAKE, SETTLE, ACK, SUSPECT, LEAVE, RENEW, TRIM, BACKLOG, DELAY)
