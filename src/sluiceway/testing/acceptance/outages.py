@@ -96,8 +96,12 @@ async def test_what_was_in_hand_when_the_connection_was_cut_is_settled_once_or_c
     await kit.broker.interrupt()
     refused = await settled(kit, source, messages[:3])
     await source.aclose()
-    rest = await kit.get(await kit.open("t"), 3 + len(refused))
-    assert sorted(bodies(rest)) == sorted(refused + numbered(6)[3:])
+    again = await kit.open("t")
+    rest: list[Message[bytes]] = []
+    while not {*refused, *numbered(6)[3:]} <= {*bodies(rest)}:
+        rest += await kit.get(again, 1)
+    # Where a delivery lives as long as its connection, nobody tells whether acks that were sent just then arrived.
+    assert len(rest) == 3 + len(refused) or not kit.features.lease, bodies(rest)
 
 
 async def settled(kit: Kit, source: object, messages: list[Message[bytes]]) -> list[bytes]:
