@@ -22,32 +22,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import nats
-from msgspec import Struct
+
+from ..payload import decode, encode, order
 
 TOTAL = 40_000
 SUBJECT, GROUP = "orders", "bench"
 NEXT = f"$JS.API.CONSUMER.MSG.NEXT.{SUBJECT}.{GROUP}"
 
 
-class Order(Struct):
-    """The payload: 200 bytes of JSON."""
-
-    id: str
-    customer: str
-    cents: int
-    lines: list[str]
-    note: str
-
-
-decode = msgspec.json.Decoder(Order).decode
-
-
 def body(number: int) -> bytes:
-    made = Order(f"order-{number:09}", f"customer-{number % 997:06}", number % 100_000 + 1_000_000, ["a-1", "b-2"], "")
-    made.note = "n" * (200 - len(msgspec.json.encode(made)))
-    return msgspec.json.encode(made)
+    return encode(order(number))
 
 
 async def fetch(port: int, count: int, total: int) -> None:

@@ -19,30 +19,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-import msgspec
-from msgspec import Struct
+from ..payload import decode, encode, order
 
 STREAM, GROUP, CONSUMER, FIELD = "orders", "bench", "one", b"body"
 TOTAL = 60_000
 
 
-class Order(Struct):
-    """The payload: 200 bytes of JSON."""
-
-    id: str
-    customer: str
-    cents: int
-    lines: list[str]
-    note: str
-
-
-decode = msgspec.json.Decoder(Order).decode
-
-
 def body(number: int) -> bytes:
-    made = Order(f"order-{number:09}", f"customer-{number % 997:06}", number % 100_000 + 1_000_000, ["a-1", "b-2"], "")
-    made.note = "n" * (200 - len(msgspec.json.encode(made)))
-    return msgspec.json.encode(made)
+    return encode(order(number))
 
 
 def handle(fields: list[bytes]) -> None:
