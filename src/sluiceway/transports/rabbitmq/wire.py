@@ -65,7 +65,8 @@ class Connection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
         given a moment only."""
         self.end()
         if not (await asyncio.wait((self.lost,), timeout=CLOSE))[0]:
-            self._adapter_disconnect_stream()
+            raw: Any = self  # what is known of pika's types has its public methods only
+            raw._adapter_disconnect_stream()
             await asyncio.wait((self.lost,), timeout=CLOSE)
 
     async def channel_of_its_own(self) -> Channel:
