@@ -18,14 +18,13 @@ from .child import ROOT, pin
 from .pairs import Case, Outcome, run_case
 from .report import line, machine, table, write_docs, write_json
 
-CASES: tuple[Case, ...] = (
+EMBEDDED: tuple[Case, ...] = (
     *memory.CASES,
     *threads.CASES,
     *processes.CASES,
     *sqlite.CASES,
     *latency.CASES,
     *memory_use.CASES,
-    *brokers.CASES,
 )
 RESULTS = ROOT / "bench" / "results" / "latest.json"
 DOCS = ROOT / "docs" / "benchmarks.md"
@@ -37,7 +36,8 @@ WIDTH = 130  # of the table in a file
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a floor is missed or a case failed, 2 for wrong usage, 130 after Ctrl-C."""
     options = _parse(arguments)
-    chosen = [case for case in CASES if any(options.only.lower() in one.case.lower() for one in case.figures)]
+    offered = (*EMBEDDED, *brokers.CASES) if options.brokers else EMBEDDED
+    chosen = [case for case in offered if any(options.only.lower() in one.case.lower() for one in case.figures)]
     if not chosen:
         print(f"no case has {options.only!r} in its name; --list shows them all", file=sys.stderr)
         return 2
@@ -90,14 +90,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: make bench ARGS='--only sqlite --rounds 3'",
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with TEXT in their name")
+    parser.add_argument(
+        "--no-brokers", dest="brokers", action="store_false", help="only what needs no server: memory and SQLite"
+    )
     parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="pairs per case; 5 unless given")
     parser.add_argument("--quick", action="store_true", help="a tenth of the messages: to see that it runs")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="PATH", help="where the rows go")
     parser.add_argument("--docs", action="store_true", help="put the figures into docs/benchmarks.md")
     parser.add_argument("--list", action="store_true", help="only show the names of the cases")
     options = parser.parse_args(arguments)
-    if options.docs and (options.only or options.quick):
-        parser.error("--docs needs all rows in full: leave --only and --quick out")
+    if options.docs and (options.only or options.quick or not options.brokers):
+        parser.error("--docs needs all rows in full: leave --only, --no-brokers and --quick out")
     return options
 
 
