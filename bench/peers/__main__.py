@@ -1,4 +1,4 @@
-"""`python -m bench.peers`: measure, show the table, write the rows; exit 1 when one could not be measured."""
+"""`python -m bench.peers`: measure, show the table, write the rows; exit 1 when one fails or misses its floor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..child import ROOT, MeasureFailed, pin
 from ..report import machine
 from ..servers import server
 from .environments import python_of
-from .measures import Row, row
+from .measures import Row, compared, failed, row
 from .report import table, write_docs, write_json
 from .table import PEERS, Peer
 
@@ -30,7 +30,7 @@ WIDTH = 130  # of the table in a file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 when one could not be measured, 2 for wrong usage, 130 after Ctrl-C."""
+    """Returns the exit code: 0, 1 when a row is not ok, 2 for wrong usage, 130 after Ctrl-C."""
     options = _parse(arguments)
     only = options.only.lower()
     chosen = [peer for peer in PEERS if only in f"{peer.name} over {peer.broker}".lower()]
@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(rows, options.json)
     if options.docs:
         write_docs(rows, DOCS, options.rounds)
-    failed = [one for one in rows if one.error is not None]
-    for one in failed:
-        print(f"\n{one.error}", file=sys.stderr)
-    print(f"{len(rows)} rows, {len(failed)} failed; medians of {options.rounds}; {machine()}; {options.json}")
-    return 1 if failed else 0
+    missed = [one for one in rows if not one.ok]
+    for one in missed:
+        print(f"\n{one.error or f'{one.peer} over {one.broker} misses its floor'}", file=sys.stderr)
+    print(f"{len(rows)} rows, {len(missed)} failed; medians of {options.rounds}; {machine()}; {options.json}")
+    return 1 if missed else 0
 
 
 def measure_all(peers: Sequence[Peer], rounds: int, scale: float) -> list[Row]:
@@ -75,8 +75,8 @@ def measure_all(peers: Sequence[Peer], rounds: int, scale: float) -> list[Row]:
                             rows.append(row(peer, url, rounds, lambda: progress.advance(task), scale=scale))
                             progress.update(task, completed=len(rows) * rounds)
                 except MeasureFailed as error:
-                    rows += [Row(broker, peer.name, None, 0, peer.settings, str(error)) for peer in some]
-    return rows
+                    rows += [failed(peer, str(error)) for peer in some]
+    return compared(peers, rows)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

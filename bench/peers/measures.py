@@ -8,11 +8,12 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..child import ROOT, MeasureFailed, last_core
 from .environments import python_of
@@ -28,15 +29,41 @@ LIMIT = 20.0  # seconds for a measure with what it publishes before
 _topics = itertools.count()
 
 
-class Row(Struct, frozen=True):
-    """One row, as it is in the results. `rate`: messages/s; `count`: messages of each measure."""
+class Row(Struct, frozen=True, kw_only=True):
+    """One row, as it is in the results.
+
+    `rate`: messages/s; `count`: messages of each measure. `ratio`: Sluiceway's rate over the same broker, with the same
+    kind of handler, over this one; `floor`: the least that it must be.
+    """
 
     broker: str
     peer: str
     rate: float | None
-    count: int
+    count: int = 0
     settings: str
+    ratio: float | None = None
+    floor: float | None = None
     error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and (self.floor is None or (self.ratio is not None and self.ratio >= self.floor))
+
+
+def failed(peer: Peer, error: str) -> Row:
+    """A row without a rate."""
+    return Row(broker=peer.broker, peer=peer.name, rate=None, settings=peer.settings, floor=peer.floor, error=error)
+
+
+def compared(peers: Sequence[Peer], rows: Sequence[Row]) -> list[Row]:
+    """The rows, which are those of `peers`, with the ratio of those beside which Sluiceway was measured."""
+    ours = {(peer.broker, peer.batch): row.rate for peer, row in zip(peers, rows, strict=True) if peer.is_ours}
+    found = []
+    for peer, row in zip(peers, rows, strict=True):
+        rate = ours.get((peer.broker, peer.batch))
+        ratio = None if peer.is_ours or rate is None or row.rate is None else rate / row.rate
+        found.append(replace(row, ratio=ratio))
+    return found
 
 
 def row(peer: Peer, url: str, rounds: int, step: Callable[[], None], *, scale: float = 1.0) -> Row:
@@ -50,8 +77,10 @@ def row(peer: Peer, url: str, rounds: int, step: Callable[[], None], *, scale: f
             rates.append(rate(peer, url, count))
             step()
     except MeasureFailed as error:
-        return Row(peer.broker, peer.name, None, count, peer.settings, str(error))
-    return Row(peer.broker, peer.name, median(rates), count, peer.settings)
+        return failed(peer, str(error))
+    return Row(
+        broker=peer.broker, peer=peer.name, rate=median(rates), count=count, settings=peer.settings, floor=peer.floor
+    )
 
 
 def rate(peer: Peer, url: str, count: int) -> float:

@@ -21,10 +21,12 @@ def table(rows: Sequence[Row]) -> Table:
     shown = Table(title="Libraries over the same brokers", title_justify="left")
     shown.add_column("broker", no_wrap=True)
     shown.add_column("library", overflow="fold", ratio=2)
-    shown.add_column("messages/s", justify="right", no_wrap=True)
+    for name in ("messages/s", "ours / theirs", "at least"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
     shown.add_column("settings", overflow="fold", ratio=3)
     for row in rows:
-        shown.add_row(*_cells(row))
+        shown.add_row(*_cells(row), style="" if row.ok else "red")
     return shown
 
 
@@ -44,12 +46,16 @@ def markdown(rows: Sequence[Row], rounds: int) -> str:
     lines = [
         f"{datetime.now(UTC):%Y-%m-%d}, medians of {rounds}, on {machine()}.",
         "",
-        "| broker | library | messages/s | settings |",
-        "| --- | --- | ---: | --- |",
+        "| broker | library | messages/s | ours / theirs | at least | | settings |",
+        "| --- | --- | ---: | ---: | ---: | --- | --- |",
     ]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row) -> tuple[str, str, str, str]:
-    return row.broker, row.peer, "failed" if row.rate is None else f"{row.rate:,.0f}", row.settings
+def _cells(row: Row) -> tuple[str, ...]:
+    rate = "failed" if row.rate is None else f"{row.rate:,.0f}"
+    verdict = "FAIL" if not row.ok else "" if row.floor is None else "ok"
+    ratio = "" if row.ratio is None else f"{row.ratio:,.1f} ×"
+    floor = "" if row.floor is None else f"{row.floor:g} ×"
+    return row.broker, row.peer, rate, ratio, floor, verdict, row.settings

@@ -23,12 +23,20 @@ NAMES = {"sluiceway": "Sluiceway", "faststream": "FastStream", "celery": "Celery
 
 
 class Peer(Struct, frozen=True):
-    """One row: a library over a broker. `settings` names what it is run with; `batch`: with a batch handler."""
+    """One row: a library over a broker. `settings` names what it is run with; `batch`: with a batch handler.
+
+    `floor`: Sluiceway must be at least so many times as fast over the same broker.
+    """
 
     library: str
     broker: str
     settings: str
     batch: bool = False
+    floor: float | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.library == "sluiceway"
 
     @property
     def name(self) -> str:
@@ -47,7 +55,7 @@ _CELERY = "10 threads, prefetch 64 each; sync handler, pydantic; acks_late, resu
 PEERS = (
     Peer("sluiceway", "redis", _SLUICEWAY),
     Peer("sluiceway", "redis", _SLUICEWAY, batch=True),
-    Peer("faststream", "redis", f"stream and group, max_workers 10, max_records 100; {_FASTSTREAM}"),
+    Peer("faststream", "redis", f"stream and group, max_workers 10, max_records 100; {_FASTSTREAM}", floor=25),
     Peer("faststream", "redis", f"stream and group, max_records 100; {_FASTSTREAM}", batch=True),
     Peer("taskiq", "redis", f"stream, xread_count 100; {_TASKIQ}"),
     Peer("dramatiq", "redis", _DRAMATIQ),
@@ -55,12 +63,12 @@ PEERS = (
     Peer("celery", "redis", _CELERY),
     Peer("sluiceway", "nats", _SLUICEWAY),
     Peer("sluiceway", "nats", _SLUICEWAY, batch=True),
-    Peer("faststream", "nats", f"pull of 100, max_workers 10; {_FASTSTREAM}"),
+    Peer("faststream", "nats", f"pull of 100, max_workers 10; {_FASTSTREAM}", floor=3),
     Peer("faststream", "nats", f"pull of 100; {_FASTSTREAM}", batch=True),
     Peer("taskiq", "nats", f"pull of 100, for 1 s; {_TASKIQ}"),
     Peer("sluiceway", "rabbitmq", _SLUICEWAY),
     Peer("sluiceway", "rabbitmq", _SLUICEWAY, batch=True),
-    Peer("faststream", "rabbitmq", f"quorum queue, prefetch 100; {_FASTSTREAM}"),
+    Peer("faststream", "rabbitmq", f"quorum queue, prefetch 100; {_FASTSTREAM}", floor=4),
     Peer("taskiq", "rabbitmq", f"quorum queue, qos 100; {_TASKIQ}"),
     Peer("dramatiq", "rabbitmq", f"classic queue; {_DRAMATIQ}"),
     Peer("celery", "rabbitmq", f"quorum queue; {_CELERY}"),

@@ -218,12 +218,13 @@ class App:
         return [one.id for one in outgoing]
 
     def publish_sync(self, topic: str, payload: Any, **options: Any) -> str:
-        """`publish` for scripts without a loop: connects, publishes, closes. Raises AppError inside a running loop."""
+        """`publish` for code without a loop: a script, for which it connects, publishes and closes; or a thread beside
+        the loop that the app is connected in. Raises AppError inside a running loop, where `publish` is awaited."""
         published: str = self._sync(self.publish(topic, payload, **options))
         return published
 
     def publish_many_sync(self, topic: str, payloads: Iterable[Any], **options: Any) -> list[str]:
-        """`publish_many` for scripts without a loop."""
+        """`publish_many` for code without a loop, as `publish_sync` is."""
         published: list[str] = self._sync(self.publish_many(topic, payloads, **options))
         return published
 
@@ -236,9 +237,14 @@ class App:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run(self._then_close(work))
-        work.close()
-        raise AppError("publish_sync was called inside a running event loop; use `await app.publish(...)` there")
+            pass
+        else:
+            work.close()
+            raise AppError("publish_sync was called inside a running event loop; use `await app.publish(...)` there")
+        loop = self._connected
+        if loop is not None and loop.is_running():  # in another thread: a plain `def` handler publishes
+            return asyncio.run_coroutine_threadsafe(work, loop).result()
+        return asyncio.run(self._then_close(work))
 
     async def _then_close(self, work: Any) -> Any:
         try:

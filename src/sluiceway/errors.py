@@ -63,14 +63,20 @@ class ConnectError(TransportError):
 
 
 class PublishError(TransportError):
-    """Some messages were not accepted by the broker; the others were, durably.
+    """Some messages are not confirmed: the broker has them or not. The others were accepted, durably.
 
-    `failed` holds the outgoing messages that were not accepted, in the order given.
+    `failed` holds the outgoing messages that are not confirmed, in the order given.
     """
 
     def __init__(self, message: str, failed: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.failed = tuple(failed)
+
+    @classmethod
+    def unconfirmed(cls, failed: Sequence[Any], total: int, why: object) -> PublishError:
+        """What a transport raises when `failed` of the `total` messages of a call are not confirmed."""
+        messages, are = "message" if total == 1 else "messages", "is" if len(failed) == 1 else "are"
+        return cls(f"{len(failed)} of {total} {messages} {are} not confirmed as published: {why}", failed)
 
 
 class PayloadTooLarge(PublishError):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from ._decisions.backoff import RestartRule
@@ -21,7 +22,7 @@ from .gate import Pause
 from .message import PublishHeaders
 from .middleware import BatchMiddleware, Middleware
 from .signatures import Lifespan
-from .source import Backlog, Source, SourceInfo
+from .source import Backlog, Source, SourceInfo, Subscription
 from .telemetry import Telemetry
 from .topology import Topology
 from .transport import Transport
@@ -78,22 +79,34 @@ class ConsumerManager:
         async with self._locks[name]:
             self._check_startable(name)
             if name not in self._running:
-                await self._launch(name)
+                await self._launch([name])
             running = self._running[name]
         await running.supervisor.opened(running.task)
 
-    async def _launch(self, name: str) -> None:
+    async def _launch(self, names: Iterable[str]) -> None:
+        """Start pipelines side by side, after all that they need is at the broker."""
+        planned = {name: self._plan(name) for name in names}
+        subscriptions = [subscription for _, subscription in planned.values()]
+        findings = await self._app.transport.ensure(subscriptions, create=True)
+        if errors := [finding.text for finding in findings if finding.level == "error"]:
+            raise AppError("; ".join(errors))
+        for finding in findings:
+            log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s", finding.text)
+        for name, (supervisor, _) in planned.items():
+            self._check_startable(name)  # the app may have begun to stop meanwhile
+            task = asyncio.create_task(supervisor.run(), name=f"{name}: pipeline")
+            self._running[name] = _Running(supervisor, task)
+            task.add_done_callback(partial(self._on_ended, name))
+
+    def _plan(self, name: str) -> tuple[Supervisor, Subscription]:
         definition = self._app.consumers[name]
-        group = definition.value("group") or self._app.group
         transport = self._app.transport
-        bound = definition.bind(self._context)
-        gates = (self._pauses[name],)
         spec = make_spec(
             definition,
-            bound,
-            group=group,
+            definition.bind(self._context),
+            group=definition.value("group") or self._app.group,
             features=transport.features,
-            gates=gates,
+            gates=(self._pauses[name],),
             middleware=self._app.middleware,
             batch_middleware=self._app.batch_middleware,
             publish_headers=self._app.publish_headers,
@@ -108,14 +121,7 @@ class ConsumerManager:
         supervisor = Supervisor(spec, open_source, self._app.telemetry, rule, self._shutdown_timeout)
         supervisor.on_exit = self._fail
         subscription = make_subscription(definition, spec, supervisor.revoked)
-        for finding in await transport.ensure([subscription], create=True):
-            if finding.level == "error":
-                raise AppError(f"{name}: {finding.text}")
-            log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s: %s", name, finding.text)
-        self._check_startable(name)  # the app may have begun to stop meanwhile
-        task = asyncio.create_task(supervisor.run(), name=f"{name}: pipeline")
-        self._running[name] = _Running(supervisor, task)
-        task.add_done_callback(lambda ended: self._on_ended(name, ended))
+        return supervisor, subscription
 
     async def stop(self, name: str) -> Drained | None:
         """Drain a consumer and stop it; it has ended on return. Idempotent.
@@ -220,8 +226,9 @@ class ConsumerManager:
         self._ended.clear()
         self._drained.clear()
         try:
-            for name in names or list(self._app.consumers):
-                await self.start(name)
+            await self._launch(names or self._app.consumers)
+            for running in list(self._running.values()):
+                await running.supervisor.opened(running.task)
             if self._failure is None:  # else one failed while others started
                 with self._body:
                     yield

@@ -294,7 +294,7 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
     ) -> None:
         """Publish together with this message's settle: atomic where the broker can, else confirmed before the ack.
 
-        Nothing is published when the handler fails. `payload` is encoded now; `delay` is in seconds. Raises OptionError
+        It only notes what goes out, so it is not awaited. Nothing is published when the handler fails. `payload` is encoded now; `delay` is in seconds. Raises OptionError
         and PayloadTooLarge, here and now, for what no broker takes.
         """
         if self.settler is None:

@@ -89,11 +89,14 @@ class SourceStatus(Struct, frozen=True, kw_only=True):
 
 
 class Backlog(Struct, frozen=True):
-    """What waits at the broker: messages, also those that wait for a delay, and not those in anyone's hand; and the age
-    in seconds of the oldest that is due, 0 when none is."""
+    """What waits at the broker.
+
+    - `messages`: how many, also those that wait for a delay, and not those in anyone's hand.
+    - `seconds`: the age of the oldest that is due, 0 when none is; None where the broker cannot tell it.
+    """
 
     messages: int
-    seconds: float
+    seconds: float | None
 
 
 class Renewer(Protocol):

@@ -71,7 +71,10 @@ class Transport(Protocol):
         ...
 
     async def ensure(self, subscriptions: Sequence[Subscription], *, create: bool) -> Sequence[Finding]:
-        """Make sure that topics, groups and what retries need are there; with `create` make what is missing."""
+        """Make sure that topics, groups and what retries need are there; with `create` make what is missing.
+
+        An app asks once for all consumers that start with it. What is found names the group and the topic.
+        """
         ...
 
     async def publish(self, messages: Sequence[Outgoing]) -> None:

@@ -12,7 +12,7 @@ from bench.child import ROOT, MeasureFailed
 from bench.peers import table
 from bench.peers.__main__ import main
 from bench.peers.environments import python_of
-from bench.peers.measures import PROGRAMS, Row, row
+from bench.peers.measures import PROGRAMS, Row, compared, failed, row
 from bench.peers.report import END, START, write_docs
 from bench.peers.table import PEERS, Peer
 from bench.servers import server
@@ -70,11 +70,40 @@ def test_the_rows_go_into_the_json_and_between_the_markers_of_the_page(tmp_path:
     assert (one["broker"], one["peer"], one["error"]) == ("redis", "Sluiceway, batches of 100", None)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{START}\nold\n{END}\nafter\n", encoding="utf-8")
-    write_docs([Row("nats", "a 1.0", 1234.5, 500, "fast"), Row("nats", "b 2.0", None, 500, "slow", "why")], page, 3)
+    rows = [
+        Row(broker="nats", peer="a 1.0", rate=1234.5, settings="fast", ratio=4.25, floor=4.0),
+        Row(broker="nats", peer="b 2.0", rate=None, settings="slow", error="why"),
+    ]
+    write_docs(rows, page, 3)
     text = page.read_text(encoding="utf-8")
     assert "old" not in text
-    assert "| nats | a 1.0 | 1,234 | fast |\n| nats | b 2.0 | failed | slow |\n" in text
+    assert "| nats | a 1.0 | 1,234 | 4.2 × | 4 × | ok | fast |\n| nats | b 2.0 | failed |  |  | FAIL | slow |\n" in text
     assert START in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_each_library_is_compared_with_ours_over_its_broker_and_with_its_kind_of_handler() -> None:
+    peers = [
+        Peer("sluiceway", "redis", "s"), Peer("sluiceway", "redis", "s", batch=True),
+        Peer("arq", "redis", "s", floor=25), Peer("arq", "redis", "s", batch=True, floor=4), Peer("arq", "nats", "s"),
+    ]  # fmt: skip
+    rates = [50_000.0, 80_000.0, 2_500.0, 20_000.0, 1.0]
+    rows = [
+        Row(broker=peer.broker, peer=peer.name, rate=rate, settings="s", floor=peer.floor)
+        for peer, rate in zip(peers, rates, strict=True)
+    ]
+    found = compared(peers, rows)
+    assert [row.ratio for row in found] == [None, None, 20.0, 4.0, None]
+    assert [row.ok for row in found] == [True, True, False, True, True], "20 is less than 25, 4 is enough"
+
+
+def test_a_floor_without_a_ratio_is_missed() -> None:
+    peers = [Peer("sluiceway", "redis", "s"), Peer("arq", "redis", "s", floor=25)]
+    rows = [failed(peers[0], "it hung"), Row(broker="redis", peer="arq", rate=10.0, settings="s", floor=25)]
+    assert [row.ok for row in compared(peers, rows)] == [False, False]
+
+
+def test_floors_stand_where_they_must() -> None:
+    assert {peer.broker: peer.floor for peer in PEERS if peer.floor} == {"redis": 25, "nats": 3, "rabbitmq": 4}
 
 
 def test_a_name_that_fits_nothing_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ class Flaky(MemoryTransport):
         super().__init__()
         self.subscribe_error: BaseException | None = None
         self.ensure_error: BaseException | None = None
+        self.ensured: list[list[str]] = []
         self.findings: list[Finding] = []
         self.opened: list[Source] = []
         self.closed: list[Source] = []
@@ -32,6 +33,7 @@ class Flaky(MemoryTransport):
         self.ensuring.set()
 
     async def ensure(self, subscriptions: Sequence[Subscription], *, create: bool) -> Sequence[Finding]:
+        self.ensured.append([topic for one in subscriptions for topic in one.topics])
         await self.ensuring.wait()
         if self.ensure_error is not None:
             raise self.ensure_error
@@ -220,8 +222,8 @@ async def test_the_app_goes_on_without_a_given_up_pipeline_when_told_to() -> Non
 
 async def test_an_error_in_ensure_stops_the_start_and_closes_what_was_open() -> None:
     two = Two()
-    two.transport.findings = [Finding("error", "the queue is a classic one")]
-    with pytest.raises(AppError, match="a: the queue is a classic one"):
+    two.transport.findings = [Finding("error", "queue a is a classic one"), Finding("error", "no queue b")]
+    with pytest.raises(AppError, match="queue a is a classic one; no queue b"):
         async with two.app.running():
             raise AssertionError("not reached")
     two.transport.findings = []
@@ -229,6 +231,36 @@ async def test_an_error_in_ensure_stops_the_start_and_closes_what_was_open() -> 
     with pytest.raises(ConnectError):
         async with two.app.running():
             raise AssertionError("not reached")
+    two.check()
+
+
+async def test_what_all_consumers_need_is_made_in_one_call_before_any_of_them_starts() -> None:
+    two = Two()
+    two.transport.ensuring.clear()
+    running = two.app.running()
+    starting = asyncio.create_task(running.__aenter__())
+    await asyncio.sleep(1)
+    assert two.transport.ensured == [["a", "b"]] and not two.transport.opened
+    two.transport.ensuring.set()
+    manager = await starting
+    await manager.restart("b")
+    await running.__aexit__(None, None, None)
+    assert two.transport.ensured == [["a", "b"], ["b"]]
+    two.check()
+
+
+async def test_sources_open_side_by_side() -> None:
+    two = Two()
+    both = asyncio.Barrier(2)
+    subscribe = two.transport.subscribe
+
+    async def together(subscription: Subscription) -> Any:
+        await both.wait()
+        return await subscribe(subscription)
+
+    two.transport.subscribe = together  # type: ignore[method-assign]
+    async with two.app.running():
+        assert two.states() == {"a": "running", "b": "running"}
     two.check()
 
 

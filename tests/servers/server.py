@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import pytest
 
@@ -22,9 +22,14 @@ def find(program: str, *elsewhere: str) -> str:
         found = shutil.which(name)
         if found is not None:
             return found
+    missing(program, f"on Debian or Ubuntu: apt-get install {program}")
+
+
+def missing(what: str, install: str) -> NoReturn:
+    """A server's program is not there: skip the test and say how to install it, but fail in CI."""
     if os.environ.get("CI"):
-        raise RuntimeError(f"{program} is not installed, and CI must have it")
-    pytest.skip(f"{program} is not installed; on Debian or Ubuntu: apt-get install {program}")
+        raise RuntimeError(f"{what} is not installed, and CI must have it")
+    pytest.skip(f"{what} is not installed; {install}")
 
 
 def free_port() -> int:

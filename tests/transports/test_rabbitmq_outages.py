@@ -205,6 +205,21 @@ async def test_a_deleted_queue_is_made_again_and_goes_on(broker: RabbitMQBroker,
     await source.aclose()
 
 
+async def test_a_queue_that_was_deleted_since_it_was_ensured_is_made_again(
+    broker: RabbitMQBroker, transport: RabbitMQTransport
+) -> None:
+    subscription = Subscription(topics=("t",), group="g", window=10)
+    await transport.ensure([subscription], create=True)
+    connection = await asyncio.to_thread(management, broker)
+    await asyncio.to_thread(connection.channel().queue_delete, f"{broker.exchange}|g|t")
+    source = await transport.subscribe(subscription)
+    receiving = asyncio.create_task(source.receive(10))
+    await publish(transport, b"a")
+    assert [one.body for one in await asyncio.wait_for(receiving, SOON)] == [b"a"]
+    await source.aclose()
+    connection.close()
+
+
 async def test_exchanges_that_are_deleted_under_a_source_are_made_again(
     broker: RabbitMQBroker, transport: RabbitMQTransport
 ) -> None:

@@ -131,6 +131,20 @@ def reason_of(error: BaseException) -> Reason:
     return Reason(_cut(name, 256), _cut(_safely(str, error), MAX_REASON // 4), trace)
 
 
+def explain(error: BaseException) -> None:
+    """Note what to write instead of `await message.publish(...)`, of which Python only says that None is not awaited."""
+    if type(error) is not TypeError or "NoneType" not in (text := _safely(str, error)) or "await" not in text:
+        return
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is not None and "publish" in trace.tb_frame.f_code.co_names:
+        error.add_note(
+            "message.publish(...) is not awaited: it goes out when its message is settled. Write it without await, "
+            "or publish at once with `await app.publish(...)`."
+        )
+
+
 def users_traceback(error: BaseException) -> TracebackType | None:
     """The traceback without our own frames in front of the user's line.
 

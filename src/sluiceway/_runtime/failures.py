@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from .._decisions.policy import give_up, reason_of, remote_traceback, settle_failure, users_traceback
+from .._decisions.policy import explain, give_up, reason_of, remote_traceback, settle_failure, users_traceback
 from ..errors import DecodeError, Directive, OptionError, Release, RetryLater
 from ..message import SETTLED, Message, Settlement
 from ..telemetry import MessageFailed, Telemetry
@@ -73,6 +73,7 @@ class Failures:
 
     async def _decide(self, message: Message[Any], error: BaseException, otherwise: RetryLater | None) -> Settlement:
         """`otherwise`: what takes the place of the retry policy, unless `handle_error` chooses."""
+        explain(error)
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             self.on_exit(error)
             if isinstance(error, KeyboardInterrupt):

@@ -25,7 +25,7 @@ import pickle
 from struct import Struct as Layout
 from typing import Any, NamedTuple
 
-from .._decisions.policy import TRACEBACK, reason_of
+from .._decisions.policy import TRACEBACK, explain, reason_of
 from ..errors import MessageFailed
 from ..message import NO_HEADERS, RUNNING, Ending, Message, Outgoing, Routing
 
@@ -118,6 +118,7 @@ class Failure(NamedTuple):
 
 def failure_of(error: BaseException, depth: int = CAUSES) -> Failure:
     """What crosses of an error."""
+    explain(error)
     reason = reason_of(error)
     cause = error.__cause__
     return Failure(

@@ -25,7 +25,8 @@ Examples:
   sluiceway backlog shop:app --json | jq .messages
 
 What waits counts messages that wait for a delay or a retry, and not those that
-a consumer has in hand. The seconds are the age of the oldest that is due.
+a consumer has in hand. The seconds are the age of the oldest that is due; null
+in JSON where the broker cannot tell it (RabbitMQ cannot).
 
 \b
 Exit codes:
@@ -36,7 +37,8 @@ Exit codes:
 
 
 class Row(Struct, frozen=True, kw_only=True):
-    """What waits for one consumer; `messages` and `seconds` are None when it is not known, and `why` says so."""
+    """What waits for one consumer. `messages` is None when it is not known, and `why` says so; `seconds` is None then
+    and where the broker cannot tell an age."""
 
     consumer: str
     topics: tuple[str, ...]
@@ -51,12 +53,14 @@ class Row(Struct, frozen=True, kw_only=True):
         return any(most is not None and (there is None or there > most) for there, most in limits)
 
     def __str__(self) -> str:
-        if self.messages is None or self.seconds is None:
+        if self.messages is None:
             return f"not known: {self.why}"
         if not self.messages:
             return "nothing waits"
-        since = f", the oldest for {duration(self.seconds)}" if self.seconds else ", none of them due"
-        return f"{many(self.messages, 'message')} waiting{since}"
+        waiting = f"{many(self.messages, 'message')} waiting"
+        if self.seconds is None:
+            return f"{waiting}; the broker cannot tell for how long"
+        return f"{waiting}, the oldest for {duration(self.seconds)}" if self.seconds else f"{waiting}, none of them due"
 
 
 @click.command(epilog=EPILOG, short_help="Show what waits for each consumer.")
@@ -119,7 +123,8 @@ async def _row(app: App, definition: ConsumerDef) -> Row:
     row = Row(consumer=definition.name, topics=definition.topics, group=group, why=why)
     if found is None:
         return row
-    return msgspec.structs.replace(row, messages=found.messages, seconds=round(found.seconds, 3), why=None)
+    seconds = None if found.seconds is None else round(found.seconds, 3)
+    return msgspec.structs.replace(row, messages=found.messages, seconds=seconds, why=None)
 
 
 async def _backlog(app: App, name: str, subscription: Subscription) -> Backlog | None:

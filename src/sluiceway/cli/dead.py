@@ -36,6 +36,17 @@ class Letter(Struct, frozen=True):
         """When it failed, seconds since 1970."""
         return _number(self.why("failed-at"), self.stored.timestamp)
 
+    @property
+    def published_at(self) -> float:
+        """When its message was published, seconds since 1970."""
+        return _number(self.why("published-at"), self.stored.timestamp)
+
+    @property
+    def attempts(self) -> int | None:
+        """How many attempts its message had; None when that cannot be said."""
+        said = self.why("attempts")
+        return int(said) if said.isdecimal() and len(said) < 10 else None
+
     def age(self) -> float:
         return max(0.0, time.time() - self.failed_at)
 
@@ -53,7 +64,7 @@ class Letter(Struct, frozen=True):
             key=self.stored.key,
             headers=without_dead_headers(self.stored.headers),
             id=self.stored.id,
-            timestamp=_number(self.why("published-at"), self.stored.timestamp),
+            timestamp=self.published_at,
             group=group,
         )
 

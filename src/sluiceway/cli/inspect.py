@@ -74,7 +74,7 @@ def _show(view: ConsumerView) -> None:
     click.echo("\n  Guarantees")
     _rows([(name, text, "") for name, text in view.guarantees.items()])
     click.echo("\n  Options")
-    _rows([(name, one.value, one.origin) for name, one in view.options.items()])
+    _rows([(name, str(one.value), one.origin) for name, one in view.options.items()])
 
 
 def _rows(rows: list[tuple[str, str, str]]) -> None:

@@ -26,18 +26,19 @@ MOST_HEX = 1024  # bytes of a binary body that are shown
 
 
 class Detail(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A dead letter as JSON. The body is a JSON value, else text, else base64."""
+    """A dead letter as JSON. What its headers do not say is empty; `attempts` is None then. Times are seconds since
+    1970. The body is a JSON value, else text, else base64."""
 
     id: str
     dead_letter_topic: str
     topic: str
     group: str
     consumer: str
-    attempts: str
+    attempts: int | None
     type: str
     error: str
     failed_at: float
-    published_at: str
+    published_at: float
     key: str | None = None
     headers: dict[str, str] = msgspec.field(default_factory=dict)
     traceback: str = ""
@@ -62,11 +63,11 @@ class Detail(Struct, frozen=True, kw_only=True, omit_defaults=True):
             topic=_utf8(why("topic")),
             group=_utf8(why("group")),
             consumer=_utf8(why("consumer")),
-            attempts=_utf8(why("attempts")),
+            attempts=letter.attempts,
             type=_utf8(why("type")),
             error=_utf8(why("error")),
             failed_at=letter.failed_at,
-            published_at=_utf8(why("published-at")),
+            published_at=letter.published_at,
             key=None if stored.key is None else _utf8(stored.key),
             **more,
         )
@@ -103,7 +104,7 @@ def table_of(letters: Sequence[Letter]) -> str:
             letter.stored.id,
             duration(letter.age()),
             letter.why("topic") or "?",
-            letter.why("attempts") or "?",
+            "?" if letter.attempts is None else str(letter.attempts),
             letter.why("type").rpartition(".")[2] or "?",
             _first_line(letter.why("error")),
         )
@@ -142,7 +143,7 @@ def letter_text(letter: Letter, topic: str) -> str:
     facts = {
         "in": topic,
         "from": f"{why('topic') or '?'}, group {why('group') or '?'}, consumer {why('consumer') or '?'}",
-        "failed": f"{when}, {duration(letter.age())} ago, at attempt {why('attempts') or '?'}",
+        "failed": f"{when}, {duration(letter.age())} ago, at attempt {letter.attempts or '?'}",
         "error": f"{why('type') or '?'}: {why('error')}",
         "key": stored.key if stored.key is not None else "none",
     }

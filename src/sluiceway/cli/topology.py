@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..consumer import ConsumerDef
 from ..message import DEFAULT_BATCHER
 from ..options import Resolved
 from ..remote import remote_handler
+from ..retry import Retry
 from ..signatures import name_of
 
 
@@ -36,9 +38,9 @@ class BatcherView(Struct, frozen=True, kw_only=True):
 
 
 class OptionView(Struct, frozen=True, kw_only=True):
-    """An option's effective value as text, and where it comes from."""
+    """An option's effective value, as text where it is no number, and where it comes from."""
 
-    value: str
+    value: str | float | None
     origin: str
 
 
@@ -153,14 +155,16 @@ def _runs_in_loop(app: App, definition: ConsumerDef) -> bool:
 def _retry(definition: ConsumerDef) -> str:
     retry = definition.value("retry")
     if definition.value("exhausted") == "retry":
-        return f"for ever, {_apart(retry.base_delay, retry.longest_delay)}"
+        return f"for ever, {_apart(retry, sys.maxsize)}"
     if retry.attempts == 1:
         return "no retry"
-    return f"{retry.attempts} attempts, {_apart(retry.base_delay, retry_delay(retry, retry.attempts - 1, 0.0))}"
+    return f"{retry.attempts} attempts, {_apart(retry, retry.attempts - 1)}"
 
 
-def _apart(first: float, last: float) -> str:
-    return f"{first:g} s apart" if first == last else f"{first:g} to {last:g} s apart"
+def _apart(retry: Retry, last: int) -> str:
+    """The shortest and the longest delay that can be drawn up to the one after the attempt `last`."""
+    least, most = retry_delay(retry, 1, 1.0), retry_delay(retry, last, 0.0)
+    return f"{least:g} s apart" if least == most else f"{least:g} to {most:g} s apart"
 
 
 def _guarantees(app: App, definition: ConsumerDef, view: ConsumerView) -> dict[str, str]:
@@ -199,21 +203,22 @@ def _order(view: ConsumerView, scope: str) -> str:
     return f"messages of one {view.order} one at a time, in order, {where}"
 
 
-def _value(name: str, value: Any, definition: ConsumerDef, group: str) -> str:
+def _value(name: str, value: Any, definition: ConsumerDef, group: str) -> str | float | None:
     if name == "name":
         return definition.name
     if name == "group":
         return group
     if name == "retry":
         growing = f"{value.base_delay:g} s × {value.multiplier:g}, at most {value.longest_delay:g} s"
-        return f"{value.attempts} attempts, {growing}"
+        spread = f", each up to {100 * value.jitter:g} % less by chance" if value.jitter else ""
+        return f"{value.attempts} attempts, {growing}{spread}"
     if name == "payload":
         return _type_name(definition.payload_type)
     if name in ("middleware", "batch_middleware", "acknowledgers", "gates"):
         return ", ".join(map(name_of, value)) or "none"
     if name == "batchers":
         return ", ".join(definition.batchers) or "none"
-    return str(value)
+    return value if value is None or isinstance(value, (int, float)) else str(value)
 
 
 def _origin(name: str, option: Resolved) -> str:

@@ -141,7 +141,7 @@ class FaultyTransport(TransportWrapper):
             await self.wrapped.publish(messages)
             await self.after(fault)
         except ConnectionError as error:
-            raise PublishError(str(error), messages) from error
+            raise PublishError.unconfirmed(messages, len(messages), error) from error
 
     async def subscribe(self, subscription: Subscription) -> Source:
         await self.before(self.faults.next("subscribe"))

@@ -32,7 +32,7 @@ class Broker:
     - `early`, `late`: seconds that a delayed message may come before and after its time. A ladder is late by a rung.
     - `soon`: seconds after which what should come is said to be lost.
     - `topics`: how many topics the test of many topics uses.
-    - `tells_age`: `backlog` says how long the oldest message has waited, also before one was received.
+    - `tells_age`: `backlog` says how long the oldest message has waited; else its `seconds` are None while one waits.
     - `tells_delayed`: `backlog` counts what waits for its delay.
     """
 

@@ -44,7 +44,7 @@ class Publisher:
         return requests
 
     async def publish(self, messages: Sequence[Outgoing]) -> None:
-        """Publish in order. Raises PublishError with those that are perhaps not there."""
+        """Publish in order. Raises PublishError with those that are not confirmed."""
         requests = self.requests(messages)
         try:
             refused = await self.send(requests)
@@ -55,12 +55,11 @@ class Publisher:
                 for one, frame in zip(messages, answers, strict=True)
                 if frame is None or _refusal(frame) is not None
             ]
-            text = f"{len(failed)} of {len(messages)} messages are perhaps not published: {error}"
-            raise PublishError(text, failed) from error
+            raise PublishError.unconfirmed(failed, len(messages), error) from error
         failed = [one for one, why in zip(messages, refused, strict=True) if why is not None]
         if failed:
             why = next(filter(None, refused))
-            raise PublishError(f"{len(failed)} of {len(messages)} messages were not published: {why}", failed)
+            raise PublishError.unconfirmed(failed, len(messages), why)
 
     async def send(self, requests: Sequence[Request]) -> list[str | None]:
         """Why each was refused, None for those that are stored. Raises Unanswered, with an answer for each."""

@@ -104,14 +104,14 @@ class NATSTransport:
         return findings
 
     async def publish(self, messages: Sequence[Outgoing]) -> None:
-        """Publish in order; stored by their streams when it returns. Raises PublishError with those that perhaps are
-        not, PayloadTooLarge before anything is sent, and OptionError for a topic that cannot be."""
+        """Publish in order; stored by their streams when it returns. Raises PublishError with those that are not
+        confirmed, PayloadTooLarge before anything is sent, and OptionError for a topic that cannot be."""
         connection = self._open
         if messages:
             try:
                 await connection.ready(5)
             except TransportError as error:
-                raise PublishError(f"none of {len(messages)} messages was published: {error}", messages) from error
+                raise PublishError.unconfirmed(messages, len(messages), error) from error
             await self._publisher.publish(messages)
 
     async def subscribe(self, subscription: Subscription) -> NATSSource:

@@ -38,6 +38,7 @@ class Hub:
         self.names = Names(options.exchange, options.queue_type)
         self.passive = not options.declare
         self.topics: dict[str, set[str]] = {}  # by group: what it subscribes to, as far as we know
+        self.ready: set[str] = set()  # queues that a moment ago were there, with all that belongs to them
         self._thread: IOThread | None = None
         self._outlet: Outlet | None = None
         self._connections: set[Connection] = set()  # touched on the I/O thread alone
@@ -98,12 +99,16 @@ class Hub:
                 await thread.run(self._disconnect())
                 await thread.stop()
 
-    def wanted(self, subscription: Subscription) -> list[Declared]:
-        group = subscription.group
-        topics = [one for topic in subscription.topics for one in self.names.of_topic(group, topic)]
-        queues = [self.names.queue(group, topic) for topic in subscription.topics]
-        suspects = [one for queue in queues for one in self.names.suspects(queue)]
-        return [*self.names.base(), *self.names.of_group(group), *topics, *suspects]
+    def wanted(self, *subscriptions: Subscription) -> list[Declared]:
+        names = self.names
+        groups = dict.fromkeys(one.group for one in subscriptions)
+        topics = dict.fromkeys((one.group, topic) for one in subscriptions for topic in one.topics)
+        return [
+            *names.base(),
+            *(one for group in groups for one in names.of_group(group)),
+            *(one for group, topic in topics for one in names.of_topic(group, topic)),
+            *(one for group, topic in topics for one in names.suspects(names.queue(group, topic))),
+        ]
 
     def inlet(self, subscription: Subscription, queues: Sequence[str], listener: Listener) -> Inlet:
         loop = asyncio.get_running_loop()
@@ -112,7 +117,9 @@ class Hub:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to hear it
                 loop.call_soon_threadsafe(hear, *what)
 
-        return Inlet(self.connect, queues, self.wanted(subscription), self.passive, listener, tell)
+        there = self.ready.issuperset(queues)
+        self.ready.difference_update(queues)
+        return Inlet(self.connect, queues, self.wanted(subscription), self.passive, listener, tell, there=there)
 
     def queues_of(self, topic: str) -> list[str]:
         """Where messages of `topic` wait, as far as we know."""
@@ -186,7 +193,7 @@ class Hub:
         return Letter(self.names.delay, key, body, properties)
 
     async def send(self, letters: Sequence[Letter]) -> dict[int, Failure]:
-        """Publish; returns, by index, what may not be there.
+        """Publish; returns, by index, what is not confirmed.
 
         What is routed nowhere is sent once more after all that we know of is made again: somebody may have deleted it.
         """

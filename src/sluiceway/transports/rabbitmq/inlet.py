@@ -43,11 +43,15 @@ class Inlet:
         passive: bool,
         listener: Listener,
         tell: Callable[..., object],
+        *,
+        there: bool,
     ) -> None:
+        """`there`: what is wanted was there a moment ago. If it is not any more, the channel ends, and it is made."""
         self._connect = connect
         self.queues = queues
         self._wanted = wanted
         self._passive = passive
+        self._there = there
         self._listener = listener
         self._tell = tell
         self._epoch = 0
@@ -70,7 +74,8 @@ class Inlet:
     async def _reopen(self) -> None:
         connection = self.connection = await self._connect()
         try:
-            problems = await declare(connection, self._wanted, passive=self._passive)
+            problems = [] if self._there else await declare(connection, self._wanted, passive=self._passive)
+            self._there = False
             if problems:
                 raise TransportError("cannot subscribe: " + "; ".join(problems))
             channel = await connection.channel_of_its_own()

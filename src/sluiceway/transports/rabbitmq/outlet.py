@@ -24,7 +24,7 @@ _MOST_BYTES = 16 * 1024 * 1024  # and their bodies: pika would buffer without li
 
 
 class Failure(Struct, frozen=True):
-    """Why a letter may not be there. `mendable`: another try may succeed. `homeless`: it was routed to no queue."""
+    """Why a letter is not confirmed. `mendable`: another try may succeed. `homeless`: it was routed to no queue."""
 
     text: str
     mendable: bool = True
@@ -134,7 +134,7 @@ class Outlet:
             self.known.update(one.name for one in wanted)
 
     async def publish(self, letters: Sequence[Letter], timeout: float) -> dict[int, Failure]:
-        """Publish in order. Returns, by index, what may not be there and why, once all is confirmed or time is up."""
+        """Publish in order. Returns, by index, what is not confirmed and why, once all is confirmed or time is up."""
         call = _Call(letters)
         try:
             async with asyncio.timeout(timeout):

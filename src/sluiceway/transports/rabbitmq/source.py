@@ -82,7 +82,6 @@ class RabbitMQSource:
         self._ending = asyncio.Event()  # it has stopped
         self._trouble: str | None = None
         self._since = time.time()
-        self._newest = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._inlet = hub.inlet(
             subscription, [hub.names.queue(self._group, topic) for topic in subscription.topics], self
@@ -210,7 +209,6 @@ class RabbitMQSource:
                 break
         messages, self._buffer = self._buffer[:count], self._buffer[count:]
         self._held.update([(message.token, message) for message in messages])
-        self._newest = max(self._newest, messages[-1].timestamp)
         return messages
 
     def _ask(self) -> None:
@@ -487,14 +485,11 @@ class RabbitMQSource:
 
     async def backlog(self) -> Backlog | None:
         """What waits in the queues of this subscription, and its suspects; not what waits on the delay ladder, which
-        all groups share.
-
-        `seconds` is the age of the newest message that was received: the oldest that waits is no older, where messages
-        come in the order of their publishing. 0 before any was received.
+        all groups share. How old the first is cannot be told: the head of a queue is not seen without taking it.
         """
         queues = [*self._inlet.queues, *map(suspects_of, self._inlet.queues)]
         count = sum(await self._hub.io.run(self._inlet.waiting(queues))) + len(self._buffer)
-        return Backlog(count, max(0.0, time.time() - self._newest) if count and self._newest else 0.0)
+        return Backlog(count, None if count else 0.0)
 
     async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:
         """Give back what is not settled, uncounted, but for `keep`: for that the connection stays open until this

@@ -150,14 +150,17 @@ def _queue(name: str, arguments: dict[str, Any]) -> Declared:
 async def declare(connection: Connection, wanted: Iterable[Declared], *, passive: bool) -> list[str]:
     """Make what is not there; with `passive` nothing is made. Returns what is wrong, and how to mend it.
 
-    A quorum queue that was made a moment before its server is killed can be useless ever after, so this returns only
-    when the new ones are older. Raises TransportError when the connection ends.
+    A quorum queue that was made a moment before its server is killed can be useless ever after. So all queues are made
+    first, and nothing leads to them before the new ones are older. Raises TransportError when the connection ends.
     """
     problems: list[str] = []
     channel: Channel | None = None
     made = False
-    for one in wanted:
+    for one in sorted(wanted, key=lambda one: one.what != "queue_declare"):
         try:
+            if made and one.what != "queue_declare":
+                await asyncio.sleep(_RIPE)
+                made = False
             if channel is None:
                 channel = await connection.channel_of_its_own()
             if one.what == "queue_declare" and not passive and not await exists(channel, one.name):
@@ -170,8 +173,6 @@ async def declare(connection: Connection, wanted: Iterable[Declared], *, passive
             raise TransportError(f"cannot declare {one.name!r}: {error}") from error
     if channel is not None:
         channel.raw.close()
-    if made:
-        await asyncio.sleep(_RIPE)
     return problems
 
 

@@ -92,11 +92,15 @@ class RabbitMQTransport:
                     f"{subscription.window}: the broker pushes one message of each; raise max_demand"
                 )
                 findings.append(Finding("warning", text))
-            wanted = self._hub.wanted(subscription)
-            problems = await self._hub.io.run(self._declare(wanted, passive=self._hub.passive or not create))
-            findings += [Finding("error", problem) for problem in problems]
-            if create:
-                self._hub.topics.setdefault(subscription.group, set()).update(subscription.topics)
+        wanted = self._hub.wanted(*subscriptions)
+        problems = await self._hub.io.run(self._declare(wanted, passive=self._hub.passive or not create))
+        findings += [Finding("error", problem) for problem in problems]
+        pairs = [(subscription.group, topic) for subscription in subscriptions for topic in subscription.topics]
+        if create:
+            for group, topic in pairs:
+                self._hub.topics.setdefault(group, set()).add(topic)
+        if create and not problems:
+            self._hub.ready.update(self._hub.names.queue(group, topic) for group, topic in pairs)
         return findings
 
     async def _declare(self, wanted: Sequence[Declared], *, passive: bool) -> list[str]:
@@ -112,7 +116,7 @@ class RabbitMQTransport:
         """Publish, in order; every message is confirmed when it returns.
 
         Raises PayloadTooLarge, and OptionError for a topic that cannot be, before anything is sent; PublishError with
-        what may not be there: no group has the topic, a queue is full, the broker is out of reach or takes nothing.
+        what is not confirmed: no group has the topic, a queue is full, the broker is out of reach or takes nothing.
         """
         self._check_sizes(messages)
         for message in messages:
@@ -132,10 +136,8 @@ class RabbitMQTransport:
         if failures or failed:
             gone = {id(message) for message in failed} | {id(sent[index]) for index in failures}
             reasons += [failure.text for failure in failures.values()]
-            raise PublishError(
-                f"{len(gone)} of {len(messages)} messages may not be published: {reasons[0]}",
-                [message for message in messages if id(message) in gone],
-            )
+            lost = [message for message in messages if id(message) in gone]
+            raise PublishError.unconfirmed(lost, len(messages), reasons[0])
 
     def _check_sizes(self, messages: Sequence[Outgoing]) -> None:
         limit = self.features.max_payload

@@ -124,10 +124,10 @@ class RedisTransport:
             while count < len(rest) and count < _CHUNK and (not count or size < _CHUNK_BYTES):
                 size += len(rest[count].body)
                 count += 1
-            await self._publish(rest[:count], rest)
+            await self._publish(rest[:count], rest, len(messages))
             del rest[:count]
 
-    async def _publish(self, some: list[Outgoing], rest: Sequence[Outgoing]) -> None:
+    async def _publish(self, some: list[Outgoing], rest: Sequence[Outgoing], total: int) -> None:
         try:
             commands = [self._command(message) for message in some]
             wire = await self._line.wire()
@@ -138,17 +138,13 @@ class RedisTransport:
             if failed:
                 why = next(answer for answer in answers if isinstance(answer, ReplyError))
                 failed += rest[len(some) :]
-                text = f"{wire.name} refused {failed[0].topic!r}: {why}; {len(failed)} messages are not published"
-                raise PublishError(text, failed)
+                raise PublishError.unconfirmed(failed, total, f"{wire.name} refused {failed[0].topic!r}: {why}")
         except PublishError:
             raise
         except (TypeError, AttributeError) as error:
-            raise PublishError(
-                f"{len(rest)} messages are not published: one is not as it must be ({error})", rest
-            ) from error
+            raise PublishError.unconfirmed(rest, total, f"one is not as it must be ({error})") from error
         except TransportError as error:
-            text = f"{len(rest)} messages were not confirmed, and may be published or not: {error}"
-            raise PublishError(text, rest) from error
+            raise PublishError.unconfirmed(rest, total, error) from error
 
     def _command(self, message: Outgoing) -> tuple[Any, ...]:
         if message.delay > 0:

@@ -140,10 +140,9 @@ class SQLiteTransport:
             await thread.run(lambda store: store.publish(messages), full=True)
         except apsw.ConstraintError as error:
             text = f"a body is not bytes, or a timestamp is not a number ({error})"
-            raise PublishError(f"none of {len(messages)} messages was published: {text}", messages) from error
+            raise PublishError.unconfirmed(messages, len(messages), text) from error
         except apsw.Error as error:
-            text = explain(error, self.path)
-            raise PublishError(f"none of {len(messages)} messages was published: {text}", messages) from error
+            raise PublishError.unconfirmed(messages, len(messages), explain(error, self.path)) from error
 
     def _check_sizes(self, messages: Sequence[Outgoing]) -> None:
         limit = self.features.max_payload
