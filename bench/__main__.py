@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import brokers, latency, memory, memory_use, processes, sqlite, threads
-from .child import ROOT, pin
+from .child import ROOT
+from .front import progress, run, show
 from .pairs import Case, Outcome, run_case
 from .report import line, machine, table, write_docs, write_json
 
@@ -26,17 +22,17 @@ EMBEDDED: tuple[Case, ...] = (
     *latency.CASES,
     *memory_use.CASES,
 )
+CASES = (*EMBEDDED, *brokers.CASES)
 RESULTS = ROOT / "bench" / "results" / "latest.json"
 DOCS = ROOT / "docs" / "benchmarks.md"
 QUICK = 0.1  # of the messages and seconds
 BUSY = 0.5  # load average before the bench
-WIDTH = 130  # of the table in a file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a floor is missed or a case failed, 2 for wrong usage, 130 after Ctrl-C."""
     options = _parse(arguments)
-    offered = (*EMBEDDED, *brokers.CASES) if options.brokers else EMBEDDED
+    offered = CASES if options.brokers else EMBEDDED
     chosen = [case for case in offered if any(options.only.lower() in one.case.lower() for one in case.figures)]
     if not chosen:
         print(f"no case has {options.only!r} in its name; --list shows them all", file=sys.stderr)
@@ -51,9 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     rows = [row for outcome in outcomes for row in outcome.rows]
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
-    console.print(table(rows))
+    show(table(rows))
     write_json(rows, options.json)
     if options.docs:
         write_docs(rows, DOCS, options.rounds)
@@ -69,17 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure_all(cases: Sequence[Case], rounds: int, scale: float) -> list[Outcome]:
     """Measure all cases, one after the other, and show how far it is."""
-    console = Console(stderr=True)
     outcomes = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
-        task = progress.add_task("", total=len(cases) * rounds)
+    with progress() as bar:
+        task = bar.add_task("", total=len(cases) * rounds)
         for number, case in enumerate(cases, 1):
-            progress.update(task, description=case.figures[0].case)
-            outcomes.append(run_case(case, rounds, lambda: progress.advance(task), scale=scale))
-            progress.update(task, completed=number * rounds)
+            bar.update(task, description=case.figures[0].case)
+            outcomes.append(run_case(case, rounds, lambda: bar.advance(task), scale=scale))
+            bar.update(task, completed=number * rounds)
             for row in outcomes[-1].rows:
-                progress.console.print(line(row), highlight=False, soft_wrap=True)
+                bar.console.print(line(row), highlight=False, soft_wrap=True)
     return outcomes
 
 
@@ -111,11 +103,5 @@ def _count(text: str) -> int:
     return count
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
-    pin(0)  # the children have the last core
-    sys.exit(main())
+    run(main)

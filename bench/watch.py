@@ -66,14 +66,13 @@ class Watch:
         assert self.settled == 0 or self.receives > 0, "no receive was seen"
 
     def _received(self, event: Received) -> None:
-        stats = self.app.manager.stats()[0]
         self.receives += 1
-        self._allow("the pipeline holds", stats.held, self.window)
+        self._allow("the pipeline holds", event.held, self.window)
         if self._held_by_broker is not None:
             self._allow("the broker counts", self._held_by_broker(), self.window)
-        self.largest_held = max(self.largest_held, stats.held)
-        self.window = stats.window
-        self.largest_window = max(self.largest_window, stats.window)
+        self.largest_held = max(self.largest_held, event.held)
+        self.window = event.window
+        self.largest_window = max(self.largest_window, event.window)
 
     def _allow(self, who: str, held: int, window: int) -> None:
         if held > window:

@@ -17,10 +17,11 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import msgspec
 
-from sluiceway import App, Message, PublishError, SluicewayError
+from sluiceway import App, Message, PublishError, Retry, SluicewayError
 from sluiceway.message import Outgoing
 
 from .ledger import Ledger
@@ -28,13 +29,18 @@ from .ledger import Ledger
 VARIABLE = "CHAOS_CONFIG"
 CONCURRENCY = 10
 WINDOW = 40  # so that what a death repeats is known
+KEYS = 50  # where order is kept
+FAILING = 11  # each such message fails at its first attempt, so that there are retries
+RETRY = Retry(base_delay=0.2)
 CHUNK = 5  # messages per publish
 MOST = 20_000  # messages that a publisher publishes, whatever happens
 AGAIN = 0.1  # seconds until what was refused is published again
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process does. `rate`: messages/s that the publisher offers. `work`: the most seconds a handler takes."""
+    """What one process does. `rate`: messages/s that the publisher offers. `work`: the most seconds a handler takes.
+    `ordered`: messages of a key are handled in order. `skew`: seconds by which its clock is ahead.
+    """
 
     url: str
     topic: str
@@ -42,7 +48,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     parent: int
     rate: float = 150.0
     work: float = 0.15
+    ordered: bool = False
+    skew: float = 0.0
     limit: float = 120.0  # seconds after which the process ends itself
+
+
+class OnPurpose(Exception):
+    """What some messages fail with at their first attempt."""
+
+
+def key_of(n: int) -> str:
+    """The key of a message, where order is kept."""
+    return f"key-{n % KEYS}"
 
 
 def make_app(config: Config) -> App:
@@ -56,11 +73,16 @@ def make_app(config: Config) -> App:
 
     app = App(config.url, lifespan=lifespan, shutdown_timeout=5.0)
 
-    @app.consumer(config.topic, name="jobs", concurrency=CONCURRENCY, max_demand=WINDOW)
+    order: Literal["key"] | None = "key" if config.ordered else None
+
+    @app.consumer(config.topic, name="jobs", concurrency=CONCURRENCY, max_demand=WINDOW, order_by=order, retry=RETRY)
     async def handle(message: Message[bytes]) -> None:
         n = int(message.body)
         ledger.note("start", n)
         await asyncio.sleep(random.uniform(0.0, config.work))
+        if n % FAILING == 0 and message.attempt == 1:
+            ledger.note("fail", n)
+            raise OnPurpose
         ledger.note("end", n)
 
     return app
@@ -84,12 +106,16 @@ async def publish(config: Config) -> None:
     async with App(config.url) as app:
         ledger.note("up")
         for first in itertools.count(0, CHUNK):
-            chunk = [Outgoing(config.topic, str(n).encode(), id=f"n-{n}") for n in range(first, first + CHUNK)]
+            chunk = [_numbered(config, n) for n in range(first, first + CHUNK)]
             while chunk:
                 chunk = await _offer(app, ledger, chunk)
             if asked.is_set() or first >= MOST:
                 return
             await asyncio.sleep(CHUNK / config.rate)
+
+
+def _numbered(config: Config, n: int) -> Outgoing:
+    return Outgoing(config.topic, str(n).encode(), key_of(n) if config.ordered else None, id=f"n-{n}")
 
 
 async def _offer(app: App, ledger: Ledger, chunk: Sequence[Outgoing]) -> list[Outgoing]:
@@ -121,6 +147,9 @@ def end_with(parent: int, limit: float) -> None:
 def main(kind: str) -> None:
     config = msgspec.json.decode(os.environ[VARIABLE], type=Config)
     threading.Thread(target=end_with, args=(config.parent, config.limit), daemon=True).start()
+    if config.skew:
+        true = time.time
+        time.time = lambda: true() + config.skew
     line = f"%(asctime)s {kind} {os.getpid()} %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=line)
     asyncio.run({"worker": work, "publisher": publish}[kind](config))

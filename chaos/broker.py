@@ -15,19 +15,25 @@ class Broker:
     """One broker over all of its cells; each cell has a topic of its own. Used as a context manager.
 
     - `is_server`: it runs elsewhere, and is spoken to through proxies.
+    - `forgets`: seconds of acks that are forgotten with a group that is deleted.
     - `hold`: seconds after which others get what a process holds that is no longer heard of.
     - `survives_kill`: the server itself comes back by itself after a SIGKILL.
     - `deletes`: what can be deleted under a pipeline, of `topic` and `group`.
+    - `ordered`: messages of a key are handled in order, and the cell looks whether they are.
+    - `workers`: how many processes handle its messages; 1 where a broker promises order within one process only.
     - `fills`, `locks_out`: whether it can be full, and whether its password can be changed while it runs.
     """
 
     name: str
     hold: float
+    forgets = 0.0
     is_server = True
     survives_kill = True
     deletes: frozenset[str] = frozenset()
     fills = False
     locks_out = False
+    ordered = False
+    workers = 2
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

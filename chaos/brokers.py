@@ -101,6 +101,7 @@ class Redis(Broker):
 class NATS(Broker):
     name = "nats"
     hold = 3.0
+    forgets = 5.0
     deletes = frozenset({"topic", "group"})
     fills = True
     locks_out = True
@@ -183,7 +184,6 @@ def _users(password: str) -> dict[str, Any]:
 class RabbitMQ(Broker):
     name = "rabbitmq"
     hold = 4.0  # two heartbeats
-    survives_kill = False  # 3.10 on a single node: a quorum queue may stay without a leader, and then answers no client
     deletes = frozenset({"topic"})
     fills = True
     locks_out = True
@@ -220,4 +220,20 @@ class RabbitMQ(Broker):
         self._rabbit.control("change_password", "guest", "guest")
 
 
-BROKERS: tuple[type[Broker], ...] = (SQLite, Redis, NATS, RabbitMQ)
+class SQLiteInOrder(SQLite):
+    name = "sqlite, in order"
+    ordered = True
+
+
+class RedisInOrder(Redis):
+    name = "redis, in order"
+    ordered = True
+
+
+class NATSInOrder(NATS):
+    name = "nats, in order"
+    ordered = True
+    workers = 1
+
+
+BROKERS: tuple[type[Broker], ...] = (SQLite, SQLiteInOrder, Redis, RedisInOrder, NATS, NATSInOrder, RabbitMQ)

@@ -14,7 +14,7 @@ from msgspec import Struct
 from sluiceway import App
 from sluiceway.source import Subscription
 
-from .actors import WINDOW
+from .actors import WINDOW, key_of
 from .broker import Broker
 from .faults import Damage, Fault
 from .site import Site, Stuck, opened
@@ -33,7 +33,8 @@ class Row(Struct, frozen=True, kw_only=True):
     - `lost`: sent, and neither handled nor deleted. `dead`: dead letters, which none should be. `left`: messages that
       still wait at the broker.
     - `repeated`: times that a handler was entered once more than its message was published. `at_most`: the windows of
-      the processes that may have lost what they held.
+      the processes that may have lost what they held, and what the broker forgot that it was done.
+    - `overtaken`: messages that were begun before an earlier one of their key had ended; None where no order is kept.
     - `recovered`: seconds from the end of the fault to the end of a message that nobody had begun before; `caught_up`:
       until all that was sent before was handled. None: not within the time there was.
     - `log`: what Sluiceway's log said, warnings and errors, each once.
@@ -49,6 +50,7 @@ class Row(Struct, frozen=True, kw_only=True):
     lost: int = 0
     repeated: int = 0
     at_most: int = 0
+    overtaken: int | None = None
     dead: int = 0
     left: int = 0
     recovered: float | None = None
@@ -62,6 +64,7 @@ class Row(Struct, frozen=True, kw_only=True):
             self.error is None
             and self.lost == self.dead == self.left == 0
             and self.repeated <= self.at_most
+            and not self.overtaken
             and self.recovered is not None
         )
 
@@ -70,14 +73,15 @@ def run_cell(broker: Broker, fault: Fault, *, patience: float = PATIENCE, keep: 
     """Run one cell; whatever goes wrong is in its row. Each step of the recovery may take `patience` seconds. With
     `keep` that folder gets the log and the ledger of a cell that failed. All that it started has ended when it returns.
     """
+    rate = RATE * broker.workers / 2
     topic = f"jobs-{fault.name.replace(' ', '-')}-{time.time_ns() % 1_000_000}"
     damage, error = None, None
     counts = (0, 0)
     with TemporaryDirectory(prefix="sluiceway-chaos-") as folder:
-        with opened(broker, Path(folder), topic, RATE) as site:
+        with opened(broker, Path(folder), topic, rate) as site:
             try:
                 broker.start()
-                site.start(fault.workers)
+                site.start(broker.workers)
                 site.until(f"{WARM} messages are handled", lambda: len(site.book.ended) >= WARM)
                 site.mark()
                 damage = fault.run(site)
@@ -148,6 +152,7 @@ def _row(
     return Row(
         broker=broker.name, fault=fault.name, sent=len(book.accepted), refused=book.refused.total(),
         handled=len(book.ended), deleted=len(book.missing() - lost), lost=len(lost), repeated=book.repeated(),
-        at_most=WINDOW * (0 if damage is None else damage.interruptions), dead=counts[0], left=counts[1],
-        recovered=recovered, caught_up=caught_up, log=said, error=error,
+        at_most=0 if damage is None else WINDOW * damage.interruptions + damage.forgotten, dead=counts[0], left=counts[1],
+        overtaken=book.overtaken(key_of) if broker.ordered else None, recovered=recovered, caught_up=caught_up,
+        log=said, error=error,
     )  # fmt: skip

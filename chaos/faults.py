@@ -5,6 +5,7 @@ A fault checks that it took hold: a cut that cut nothing would prove nothing.
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
@@ -19,6 +20,7 @@ from .site import Actor, Site, Stuck
 
 OUTAGE = 3.0  # seconds that a server or a network is away
 BUSY = 4  # handlers that a worker runs before something befalls it
+SKEW = 3600.0  # seconds by which clocks are wrong
 STALL = 12.0  # seconds that nothing flows: longer than heartbeats and the time limits of single requests
 
 
@@ -26,12 +28,13 @@ class Damage(Struct, frozen=True):
     """What a fault did.
 
     `over`: when, by time.monotonic(), all was well again. `interruptions`: how often processes may have lost what they
-    held; each repeats a window of a worker at most. `deleted`: until then what was at the broker may have been deleted,
-    and so is not lost.
+    held; each repeats a window of a worker at most. `forgotten`: messages that were done, and of which the broker forgot
+    it. `deleted`: until then what was at the broker may have been deleted, and so is not lost.
     """
 
     interruptions: int
     over: float
+    forgotten: int = 0
     deleted: float | None = None
 
 
@@ -42,11 +45,15 @@ class Fault(Struct, frozen=True):
     what: str
     run: Callable[[Site], Damage]
     fits: Callable[[type[Broker]], bool]
-    workers: int = 2
 
 
 def _over(interruptions: int) -> Damage:
     return Damage(interruptions, time.monotonic())
+
+
+def _all(site: Site, times: int = 1) -> Damage:
+    """It befell all workers."""
+    return _over(times * len(site.workers))
 
 
 # -- the server ------------------------------------------------------------------------------------------------
@@ -56,14 +63,14 @@ def restart(site: Site) -> Damage:
     _server(site).stop()
     site.wait(1.0)
     _server(site).start()
-    return _over(2)
+    return _all(site)
 
 
 def kill(site: Site) -> Damage:
     _server(site).kill()
     site.wait(1.0)
     _server(site).start()
-    return _over(2)
+    return _all(site)
 
 
 def freeze(site: Site) -> Damage:
@@ -72,7 +79,7 @@ def freeze(site: Site) -> Damage:
         site.wait(STALL)
     finally:
         _server(site).resume()
-    return _over(2)
+    return _all(site)
 
 
 # -- the network -----------------------------------------------------------------------------------------------
@@ -84,7 +91,7 @@ def cut(site: Site) -> Damage:
         cuts += sum(proxy.cut(reset=turn % 2 == 0) for proxy in site.proxies())
         site.wait(random.uniform(0.2, 0.6))
     _require(cuts > 0, "no connection was open to be cut")
-    return _over(10)
+    return _all(site, 5)
 
 
 def cut_midway(site: Site) -> Damage:
@@ -95,7 +102,7 @@ def cut_midway(site: Site) -> Damage:
         site.wait(random.uniform(0.2, 0.6))
     _heal(site)
     _require(_taken(site) > before, "no connection was cut")
-    return _over(10)
+    return _all(site, 5)
 
 
 def lose_replies(site: Site) -> Damage:
@@ -108,7 +115,7 @@ def lose_replies(site: Site) -> Damage:
         _heal(site)
         site.wait(0.5)
     _require(cuts > 0, "no connection was open to be cut")
-    return _over(8)
+    return _all(site, 4)
 
 
 def stall(site: Site) -> Damage:
@@ -116,7 +123,7 @@ def stall(site: Site) -> Damage:
         proxy.stall()
     site.wait(STALL)
     _heal(site)
-    return _over(2)
+    return _all(site)
 
 
 def slow(site: Site) -> Damage:
@@ -133,7 +140,7 @@ def refuse(site: Site) -> Damage:
         proxy.cut()
     site.wait(OUTAGE)
     _heal(site)
-    return _over(2)
+    return _all(site)
 
 
 # -- a worker --------------------------------------------------------------------------------------------------
@@ -170,26 +177,40 @@ def cut_off_worker(site: Site) -> Damage:
     return _over(1)
 
 
+def skew_clocks(site: Site) -> Damage:
+    honest = list(site.workers)
+    for seconds in (SKEW, -SKEW):
+        site.start_worker(skew=seconds)
+    site.until_up()
+    site.end_workers(honest)
+    site.wait(5.0)
+    return _over(0)
+
+
 # -- what is at the broker -------------------------------------------------------------------------------------
 
 
 def delete_topic(site: Site) -> Damage:
-    over = _delete(site, site.broker.delete_topic)
-    return Damage(2, over, deleted=over)
+    over, _ = _delete(site, site.broker.delete_topic)
+    return Damage(len(site.workers), over, deleted=over)
 
 
 def delete_group(site: Site) -> Damage:
-    return Damage(2, _delete(site, site.broker.delete_group))
+    over, done_behind = _delete(site, site.broker.delete_group)
+    return Damage(len(site.workers), over, forgotten=done_behind)
 
 
-def _delete(site: Site, delete: Callable[[str], int]) -> float:
-    """Delete while messages wait at the broker: for a moment both workers stand still. Returns when it was over."""
+def _delete(site: Site, delete: Callable[[str], int]) -> tuple[float, int]:
+    """Delete while messages wait at the broker: for a moment all workers stand still. Returns when it was over, and how
+    many messages were done that a group made anew does not know of: what stands behind the first that was not done, and
+    what was done since the broker was last asked."""
     for worker in site.workers:
         site.broker.freeze(worker.pid)
     try:
         site.wait(0.5)
         _require(delete(site.topic) > 0, "nothing was there to be deleted")
-        return time.monotonic()
+        first, now = min(site.book.missing(), default=math.inf), time.monotonic()
+        return now, sum(n > first or at > now - site.broker.forgets for n, at in site.book.ended.items())
     finally:
         for worker in site.workers:
             worker.signal(signal.SIGCONT)
@@ -204,7 +225,7 @@ def fill(site: Site) -> Damage:
         site.wait(OUTAGE)
     finally:
         site.broker.free(site.topic)
-    return _over(2)
+    return _all(site)
 
 
 def lock_out(site: Site) -> Damage:
@@ -216,13 +237,13 @@ def lock_out(site: Site) -> Damage:
         site.wait(OUTAGE)
     finally:
         site.broker.let_in()
-    return _over(2)
+    return _all(site)
 
 
 def lock_file(site: Site) -> Damage:
     with site.broker.locked():
         site.wait(STALL)
-    return _over(2)  # no lease can be renewed meanwhile
+    return _all(site)  # no lease can be renewed meanwhile
 
 
 FAULTS = (
@@ -237,12 +258,14 @@ FAULTS = (
     Fault("stall", f"connections stay open and nothing flows for {STALL:g} s", stall, lambda b: b.is_server),
     Fault("slow", "each read takes 50 ms longer, and no more than 200 kB/s pass, for 4 s", slow, lambda b: b.is_server),
     Fault("refuse", f"connections are cut, and new ones refused for {OUTAGE:g} s", refuse, lambda b: b.is_server),
-    Fault("kill worker", "one of two workers is killed with SIGKILL; after 1 s there is a new one", kill_worker,
+    Fault("kill worker", "a worker is killed with SIGKILL; after 1 s there is a new one", kill_worker,
           lambda b: True),
-    Fault("stop worker", "one of two workers stands still until its leases have run out (SIGSTOP), then goes on",
+    Fault("stop worker", "a worker stands still until its leases have run out (SIGSTOP), then goes on",
           stop_worker, lambda b: True),
-    Fault("cut off worker", "nothing flows between one of two workers and the server until its leases have run out",
+    Fault("cut off worker", "nothing flows between a worker and the server until its leases have run out",
           cut_off_worker, lambda b: b.is_server),
+    Fault("skewed clocks", "the clock of one of two workers is an hour ahead, that of the other an hour behind",
+          skew_clocks, lambda b: b.is_server and b.workers > 1),
     Fault("delete topic", "the stream or queue is deleted, with what is in it", delete_topic,
           lambda b: "topic" in b.deletes),
     Fault("delete group", "the group or consumer is deleted; the messages stay", delete_group,

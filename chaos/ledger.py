@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from msgspec import Struct
@@ -37,7 +38,7 @@ class Book:
     """The ledger, read as it grows, and what it says of each message.
 
     `offer`: a publish of it began; `accept`: one returned, so from then on it must not be lost; `refuse`: one raised;
-    `start` and `end`: a handler was entered and has done its work.
+    `start` and `end`: a handler was entered and has done its work; `fail`: it raised on purpose.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,6 +53,7 @@ class Book:
         self.starts: Counter[int] = Counter()
         self.started: dict[int, float] = {}  # when first
         self.running: Counter[int] = Counter()  # handlers, by pid
+        self.failed: Counter[int] = Counter()  # on purpose
         self.ended: dict[int, float] = {}  # when first
 
     def read(self) -> None:
@@ -76,16 +78,36 @@ class Book:
                 self.started.setdefault(one.n, one.at)
                 self.starts[one.n] += 1
                 self.running[one.pid] += 1
+            case "fail":
+                self.running[one.pid] -= 1
+                self.failed[one.n] += 1
             case "end":
                 self.running[one.pid] -= 1
                 self.ended.setdefault(one.n, one.at)
 
     def repeated(self) -> int:
-        """How many times a message was started once more than it was offered for.
+        """How many times a message was started once more than it was offered for, or had to be since it failed.
 
         What a publisher offered again, since it never heard whether the first was accepted, may be there twice.
         """
-        return sum(max(0, times - max(1, self.offers[n])) for n, times in self.starts.items())
+        return sum(max(0, times - self._expected(n)) for n, times in self.starts.items())
+
+    def _expected(self, n: int) -> int:
+        offers = max(1, self.offers[n])
+        return offers + min(offers, self.failed[n])
+
+    def overtaken(self, key_of: Callable[[int], str]) -> int:
+        """How many messages were begun before an earlier one of their key had ended.
+
+        What was offered again is left out: nobody knows when it was accepted.
+        """
+        last: dict[str, float] = {}
+        count = 0
+        for n in sorted(n for n in self.ended if self.offers[n] == 1):
+            key = key_of(n)
+            count += self.started[n] < last.get(key, 0.0)
+            last[key] = max(self.ended[n], last.get(key, 0.0))
+        return count
 
     def missing(self) -> set[int]:
         """What was accepted and not handled."""

@@ -17,16 +17,18 @@ from .cell import Row
 from .faults import FAULTS
 
 START, END = "<!-- rows: python -m chaos --docs writes from here -->", "<!-- to here -->"
-COLUMNS = ("broker", "fault", "sent", "handled", "lost", "repeated", "recovered", "caught up")
+COLUMNS = ("broker", "fault", "sent", "handled", "lost", "overtaken", "repeated", "recovered", "caught up")
 
 
 def table(rows: Sequence[Row]) -> Table:
     """All rows, for a terminal."""
     caption = "repeated: of the most that the windows allow. recovered, caught up: seconds after the end of the fault."
-    shown = Table(title="Sluiceway under faults", title_justify="left", caption=caption, caption_justify="left")
+    shown = Table(
+        title="Sluiceway under faults", title_justify="left", caption=caption, caption_justify="left", expand=True
+    )
     for name in (*COLUMNS, ""):
         shown.add_column(name, justify="left" if name in ("broker", "fault", "") else "right", no_wrap=True)
-    shown.add_column("what the log said", overflow="ellipsis", no_wrap=True, max_width=70)
+    shown.add_column("what the log said", overflow="ellipsis", no_wrap=True, ratio=1)
     for row in rows:
         said = row.error or (row.log[0] if row.log else "nothing")
         shown.add_row(*map(Text, cells(row)), _verdict(row), Text(said, style="" if row.ok else "red"))
@@ -59,12 +61,18 @@ def write_docs(rows: Sequence[Row], path: Path, versions: Iterable[str]) -> None
 
 def markdown(rows: Sequence[Row], versions: Iterable[str]) -> str:
     """When and where, what the faults are, and the rows as a table for each broker."""
-    seen = {row.fault for row in rows}
-    lines = [f"{datetime.now(UTC):%Y-%m-%d}, {', '.join(versions)}, on {machine()}.", "", "| fault | what happens |"]
-    lines += ["| --- | --- |"] + [f"| {fault.name} | {fault.what} |" for fault in FAULTS if fault.name in seen]
-    for broker in dict.fromkeys(row.broker for row in rows):
+    found = {(row.broker, row.fault): _verdict(row).plain for row in rows}
+    brokers = list(dict.fromkeys(broker for broker, _ in found))
+    faults = [fault for fault in FAULTS if any(fault.name == name for _, name in found)]
+    lines = [f"{datetime.now(UTC):%Y-%m-%d}, {', '.join(dict.fromkeys(versions))}, on {machine()}.", ""]
+    lines += [f"| fault | what happens | {' | '.join(brokers)} |", f"| --- | --- |{' :---: |' * len(brokers)}"]
+    for fault in faults:
+        marks = [found.get((broker, fault.name), "–") for broker in brokers]
+        lines += [f"| {fault.name} | {fault.what} | {' | '.join(marks)} |"]
+    lines += ["", "–: a broker cannot have that fault."]
+    for broker in brokers:
         lines += ["", f"### {broker}", "", f"| {' | '.join(COLUMNS[1:])} | | what the log said |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |"]
         lines += [_line(row) for row in rows if row.broker == broker]
     return "\n".join(lines) + "\n"
 
@@ -78,7 +86,8 @@ def cells(row: Row) -> tuple[str, ...]:
     deleted = f" ({row.deleted} deleted)" if row.deleted else ""
     repeated = f"{row.repeated} of {row.at_most}" if row.at_most else str(row.repeated)
     return (
-        row.broker, row.fault, f"{row.sent:,}", f"{row.handled:,}{deleted}", f"{row.lost:,}", repeated,
+        row.broker, row.fault, f"{row.sent:,}", f"{row.handled:,}{deleted}", f"{row.lost:,}",
+        "" if row.overtaken is None else f"{row.overtaken:,}", repeated,
         _seconds(row.recovered), _seconds(row.caught_up),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +17,7 @@ import msgspec
 
 from tests.servers.proxy import Proxy
 
-from .actors import VARIABLE, Config
+from .actors import VARIABLE, Config, OnPurpose
 from .broker import Broker
 from .ledger import Book
 
@@ -78,17 +78,19 @@ class Site:
         self.publisher = self._start("publisher")
         self.until("the publisher is up", lambda: len(self.book.pids) > workers)
 
-    def start_worker(self) -> Actor:
-        worker = self._start("worker")
+    def start_worker(self, *, skew: float = 0.0) -> Actor:
+        """Start one more; `skew`: seconds by which its clock is ahead."""
+        worker = self._start("worker", skew)
         self.workers.append(worker)
         return worker
 
-    def _start(self, kind: str) -> Actor:
+    def _start(self, kind: str, skew: float = 0.0) -> Actor:
         port = self.broker.port
         proxy = None if port is None else Proxy(port).start()
         config = Config(
             url=self.broker.url(None if proxy is None else proxy.port),
             topic=self.topic, ledger=str(self.folder / "ledger"), parent=os.getpid(), rate=self.rate,
+            ordered=self.broker.ordered, skew=skew,
         )  # fmt: skip
         actor = Actor(self, kind, config, proxy)
         self._all.append(actor)
@@ -130,11 +132,16 @@ class Site:
             publisher.signal(signal.SIGTERM)
             self._await_end(publisher, seconds)
 
-    def end_workers(self, seconds: float = 10.0) -> None:
-        """Drain the workers. Raises Stuck when one does not end in good order."""
+    def until_up(self) -> None:
+        """Wait for all workers. Raises Stuck when one does not come up."""
         self.until("all workers are up", lambda: {worker.pid for worker in self.workers} <= set(self.book.pids))
-        workers, self.workers = self.workers, []
+
+    def end_workers(self, workers: Sequence[Actor] | None = None, seconds: float = 10.0) -> None:
+        """Drain these workers, or all. Raises Stuck when one does not end in good order."""
+        self.until_up()
+        workers = list(self.workers if workers is None else workers)
         for worker in workers:
+            self.workers.remove(worker)
             worker.signal(signal.SIGTERM)
         for worker in workers:
             self._await_end(worker, seconds)
@@ -160,7 +167,7 @@ class Site:
         found: dict[str, str] = {}
         for line in text.splitlines():
             match = _LINE.match(line)
-            if match is not None and match[3].startswith("sluiceway"):
+            if match is not None and match[3].startswith("sluiceway") and OnPurpose.__name__ not in match[4]:
                 found.setdefault(_NUMBER.sub("#", match[4]), match[4])
         return list(found.values())
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from ..child import ROOT, MeasureFailed, pin
+from ..child import ROOT, MeasureFailed
+from ..front import progress, run, show
 from ..report import machine
 from ..servers import server
 from .environments import python_of
@@ -26,7 +22,6 @@ from .table import PEERS, Peer
 RESULTS = ROOT / "bench" / "results" / "peers.json"
 DOCS = ROOT / "docs" / "benchmarks.md"
 QUICK = 0.1  # of the messages
-WIDTH = 130  # of the table in a file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
-    console.print(table(rows))
+    show(table(rows))
     write_json(rows, options.json)
     if options.docs:
         write_docs(rows, DOCS, options.rounds)
@@ -58,22 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure_all(peers: Sequence[Peer], rounds: int, scale: float) -> list[Row]:
     """Measure all, broker by broker, and show how far it is."""
     rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
-        task = progress.add_task("", total=len(peers) * rounds)
+    with progress() as bar:
+        task = bar.add_task("", total=len(peers) * rounds)
         for broker, those in groupby(peers, lambda peer: peer.broker):
             some = list(those)
             for library in dict.fromkeys(peer.library for peer in some):
-                progress.update(task, description=f"installing {library}")
+                bar.update(task, description=f"installing {library}")
                 with suppress(MeasureFailed):  # its rows say it, they try again
                     python_of(library)
             with TemporaryDirectory(prefix="sluiceway-peers-") as folder:
                 try:
                     with server(broker, Path(folder)) as url:
                         for peer in some:
-                            progress.update(task, description=f"{peer.name} over {broker}")
-                            rows.append(row(peer, url, rounds, lambda: progress.advance(task), scale=scale))
-                            progress.update(task, completed=len(rows) * rounds)
+                            bar.update(task, description=f"{peer.name} over {broker}")
+                            rows.append(row(peer, url, rounds, lambda: bar.advance(task), scale=scale))
+                            bar.update(task, completed=len(rows) * rounds)
                 except MeasureFailed as error:
                     rows += [failed(peer, str(error)) for peer in some]
     return compared(peers, rows)
@@ -100,11 +92,5 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
-    pin(0)  # the programs have the last core
-    sys.exit(main())
+    run(main)

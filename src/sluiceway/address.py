@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from msgspec import Struct
 
@@ -58,10 +58,11 @@ def without_secrets(url: str) -> str:
     return f"{scheme}://{name if colon else '***'}{':***' if colon else ''}@{tail}"
 
 
-def check_escaped(url: str) -> None:
-    """Raise OptionError for an @ behind the host, before anything of the URL is shown.
+def split_url(url: str) -> SplitResult:
+    """The parts of a server's URL. Raises OptionError for what is none, and for an @ behind the host.
 
-    A password with a plain / ? or # in it ends the host there, and its rest looks like a port, a path or an option.
+    A password with a plain / ? or # in it ends the host there, and its rest looks like a port, a path or an option:
+    whoever went on would show it.
     """
     rest = url.partition("://")[2]
     host = re.split("[/?#]", rest, maxsplit=1)[0]
@@ -70,6 +71,13 @@ def check_escaped(url: str) -> None:
             f"the URL {without_secrets(url)!r} has an @ behind its host; "
             "write / as %2F, ? as %3F, # as %23 and @ as %40 in its user, its password and its options"
         )
+    try:
+        return urlsplit(url)
+    except ValueError:  # its text may have the password
+        raise OptionError(
+            f"the URL {without_secrets(url)!r} has a host that cannot be read; "
+            "write [ as %5B and ] as %5D in its user and its password, and an IPv6 address as [::1]"
+        ) from None
 
 
 class TLS(Struct, frozen=True):

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, Unpack
 
-from .address import check_escaped, without_secrets
+from .address import without_secrets
 from .codec import encode
 from .consumer import ConsumerDecorator, ConsumerDef, consumer, definition
 from .errors import AppError, OptionError
@@ -40,7 +40,6 @@ _SCHEMES: dict[str, tuple[str, str]] = {
     "sqlite": ("sluiceway.transports.sqlite", "SQLiteTransport"),
     "tls": ("sluiceway.transports.nats", "NATSTransport"),
 }
-_LOCAL = ("memory", "sqlite")  # their URLs have no password, and an @ may stand in a path
 
 
 def open_transport(url: str) -> Transport:
@@ -51,8 +50,6 @@ def open_transport(url: str) -> Transport:
         known = ", ".join(f"{one}://" for one in sorted(_SCHEMES))
         raise OptionError(f"there is no transport for {without_secrets(url)!r}; a URL starts with one of: {known}")
     module, name = _SCHEMES[scheme]
-    if scheme not in _LOCAL:
-        check_escaped(url)
     try:
         found = importlib.import_module(module)
     except ImportError as error:

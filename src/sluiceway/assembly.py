@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -11,7 +11,7 @@ from ._decisions.policy import FailureRules
 from ._runtime.spec import BatcherSpec, PipelineSpec, RemoteHandler
 from ._runtime.supervisor import PipelineStats
 from ._runtime.thread_calls import ThreadCalls
-from .batch import Batch, BatchHandler
+from .batch import BatchHandler
 from .codec import Decode, Format, encode, make_decoder, make_encoder
 from .consumer import Bound, ConsumerDef
 from .errors import OptionError, Unsupported
@@ -80,35 +80,19 @@ def make_spec(
     watches = tuple(gate.watch(batched=bool(batchings)) for gate in gates if isinstance(gate, Watcher))
     middleware = (*(one.message for one in watches), *middleware, *value("middleware"))
     batch_middleware = (*(one.batch for one in watches), *batch_middleware, *value("batch_middleware"))
-    threads: list[ThreadCalls] = []
-
-    def on_threads(function: Callable[[Any], Any], count: int) -> ThreadCalls:
-        threads.append(ThreadCalls(function, count))
-        return threads[-1]
-
-    def batch_handler(name: str, function: Callable[[Batch[Any]], Any], count: int) -> BatchHandler:
-        handle: BatchHandler = function if is_async(function) else on_threads(function, count)
-        return compose(made_for(replace(info, batcher=name), batch_middleware), handle)
-
-    handle: Any = bound.handle
     remote = _remote(definition, bound, features, lifespan, decodes(middleware))
-    if middleware and remote is None:
-        inner = handle if bound.is_async else on_threads(handle, value("concurrency"))
-        handle = compose(made_for(info, middleware), inner)
-    prepare = bound.prepare if bound.prepare is None or is_async(bound.prepare) else on_threads(bound.prepare, 1)
+    around = (lambda inner: compose(made_for(info, middleware), inner)) if middleware else None
+    composed = _composed(bound, info, value("concurrency"), around if remote is None else None, batch_middleware)
     return PipelineSpec(
         name=definition.name,
         topics=definition.topics,
         group=group,
         mode="process" if remote is not None else "async" if bound.is_async or middleware else "thread",
-        handle=handle,
+        handle=composed.handle,
         decode=None if decodes(middleware) else _decoder(definition.name, bound.payload_type),
         encode=encode if features is None else make_encoder(features.max_payload),
         rules=_rules(definition, group),
-        batchers={
-            name: _batcher(name, batch_handler(name, function, batching.concurrency), batching)
-            for name, (function, batching) in bound.batchers.items()
-        },
+        batchers=composed.batchers,
         concurrency=value("concurrency"),
         timeout=value("timeout"),
         floor=floor,
@@ -121,16 +105,53 @@ def make_spec(
         watches=watches,
         on_error=bound.on_error,
         on_failed=bound.on_failed,
-        prepare=prepare,
+        prepare=composed.prepare,
         acknowledgers=tuple(value("acknowledgers")),
         publish_headers=publish_headers,
         topology=topology_of(definition, group),
         sources=value("sources"),
         options={name: one.value for name, one in definition.options.items()},
         remote=remote,
-        around=(lambda inner: compose(made_for(info, middleware), inner)) if middleware else None,
-        threads=tuple(threads),  # evaluated last: the batchers above have added theirs
+        around=around,
+        threads=composed.threads,
     )
+
+
+class _Composed(NamedTuple):
+    """The functions of a consumer as the stages call them, and the threads that they run on."""
+
+    handle: Any
+    prepare: Any
+    batchers: dict[str, BatcherSpec]
+    threads: tuple[ThreadCalls, ...]
+
+
+def _composed(
+    bound: Bound,
+    info: ConsumerInfo,
+    concurrency: int,
+    around: Callable[[Any], Any] | None,
+    batch_middleware: Sequence[BatchMiddleware],
+) -> _Composed:
+    """Put middleware round the handlers. A plain `def` runs on threads of its own where its stage has none for it."""
+    threads: list[ThreadCalls] = []
+
+    def on_threads(function: Callable[[Any], Any], count: int) -> ThreadCalls:
+        threads.append(ThreadCalls(function, count))
+        return threads[-1]
+
+    handle: Any = bound.handle
+    if around is not None:
+        handle = around(handle if bound.is_async else on_threads(handle, concurrency))
+    prepare: Any = bound.prepare
+    if prepare is not None and not is_async(prepare):
+        prepare = on_threads(prepare, 1)
+    batchers: dict[str, BatcherSpec] = {}
+    for name, (function, batching) in bound.batchers.items():
+        inner: Any = function if is_async(function) else on_threads(function, batching.concurrency)
+        wrapped = compose(made_for(replace(info, batcher=name), batch_middleware), inner)
+        batchers[name] = _batcher(name, wrapped, batching)
+    return _Composed(handle, prepare, batchers, tuple(threads))
 
 
 def check_start(

@@ -294,8 +294,9 @@ class Message(Struct, Generic[T], eq=False, weakref=True):
     ) -> None:
         """Publish together with this message's settle: atomic where the broker can, else confirmed before the ack.
 
-        It only notes what goes out, so it is not awaited. Nothing is published when the handler fails. `payload` is encoded now; `delay` is in seconds. Raises OptionError
-        and PayloadTooLarge, here and now, for what no broker takes.
+        It only notes what goes out, so it is not awaited. Nothing is published when the handler fails. `payload` is
+        encoded now; `delay` is in seconds. Raises OptionError and PayloadTooLarge, here and now, for what no broker
+        takes.
         """
         if self.settler is None:
             raise AlreadySettled(f"message {self.id} is not in a running pipeline; use app.publish")

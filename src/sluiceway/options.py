@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from datetime import datetime
 from typing import Any, Literal, TypedDict
 
 import msgspec
 from msgspec import Struct
 
-from ._decisions.topics import check_topic
+from . import option_checks as checks
 from .acknowledger import Acknowledger
 from .batch import Split
 from .errors import OptionError, unknown
@@ -39,7 +36,7 @@ class Batching(Struct, metaclass=ByName, frozen=True, kw_only=True):
     concurrency: int = 1
 
     def __post_init__(self) -> None:
-        for name, check in (("size", _count), ("timeout", _seconds), ("concurrency", _count)):
+        for name, check in (("size", checks.count), ("timeout", checks.seconds), ("concurrency", checks.count)):
             problem = check(getattr(self, name))
             if problem:
                 raise OptionError(f"Batching: {name} must be {problem}, got {getattr(self, name)!r}")
@@ -97,132 +94,30 @@ class Resolved(Struct, frozen=True):
     origin: Literal["default", "consumer", "command line"]
 
 
-def _count(value: Any) -> str | None:
-    return None if _is_int(value) and value >= 1 else "a whole number, 1 or more"
-
-
-def _seconds(value: Any) -> str | None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return None if number and 0 < value <= sys.float_info.max else "seconds, more than 0"
-
-
-def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
-    def checked(value: Any) -> str | None:
-        problem = None if value is None else check(value)
-        return f"{problem}, or None" if problem else None
-
-    return checked
-
-
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and value and value.isprintable() else "a non-empty string"
-
-
-def _topic(value: Any) -> str | None:
-    try:
-        check_topic(value, pattern=False)
-    except OptionError:
-        return "words of letters, digits and _-:/@+=~, joined by dots"
-    return None
-
-
-def check_group(where: str, value: Any) -> None:
-    """Raise OptionError when `value` cannot be a group: it is a part of its dead-letter topics' names."""
-    problem = _topic(value)
-    if problem:
-        raise OptionError(f"{where}: group must be {problem}; got {value!r}")
-
-
-def _one_of(*allowed: Any) -> Callable[[Any], str | None]:
-    listed = ", ".join(map(repr, allowed))
-    return lambda value: None if value in allowed else f"one of {listed}"
-
-
-def _instance(kind: type, what: str) -> Callable[[Any], str | None]:
-    return lambda value: None if isinstance(value, kind) else what
-
-
-def _middlewares(of: str, example: str) -> Callable[[Any], str | None]:
-    def check(value: Any) -> str | None:
-        good = isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_middleware, value))
-        return None if good else f"a sequence of functions ({of}, call_next), like [{example}()]"
-
-    return check
-
-
-def _is_middleware(value: Any) -> bool:
-    """Whether it can be called with what is handled and the next step, or makes something that can."""
-    if isinstance(value, type) or inspect.isgeneratorfunction(value) or inspect.isasyncgenfunction(value):
-        return False
-    if callable(getattr(value, "for_consumer", None)):
-        return True
-    try:
-        inspect.signature(value).bind("subject", "call_next")
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _acknowledgers(value: Any) -> str | None:
-    good = isinstance(value, Sequence) and all(isinstance(one, Acknowledger) for one in value)
-    return (
-        None
-        if good and not isinstance(value, str)
-        else "a sequence of objects of classes that inherit from Acknowledger, like [Audit()]"
-    )
-
-
-def _gates(value: Any) -> str | None:
-    good = isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_gate, value))
-    return None if good else "a sequence of gates, like [RateLimit(100, 60)]"
-
-
-def _is_gate(value: Any) -> bool:
-    methods = ("allow", "took", "opens_at", "on_change")
-    return not isinstance(value, type) and all(callable(getattr(value, method, None)) for method in methods)
-
-
 def _batchers(value: Any) -> str | None:
     good = isinstance(value, Mapping) and all(
-        _text(name) is None and isinstance(one, Batching) for name, one in value.items()
+        checks.text(name) is None and isinstance(one, Batching) for name, one in value.items()
     )
     return None if good else "a mapping from batcher names to Batching(...)"
-
-
-def _start(value: Any) -> str | None:
-    good = value.tzinfo is not None if isinstance(value, datetime) else value in ("earliest", "latest")
-    return None if good else "'earliest', 'latest' or a datetime with a time zone"
-
-
-def _parse_start(text: str) -> str | datetime:
-    return text if text in ("earliest", "latest") else datetime.fromisoformat(text)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _anything(value: Any) -> str | None:
-    return None
 
 
 OPTIONS: dict[str, Option] = {
     "name": Option(
         None,
         "What the consumer is called in logs, `inspect` and `--set`; the function's or class's name unless given.",
-        _optional(_text),
+        checks.optional(checks.text),
     ),
     "group": Option(
         None,
         "Each group gets every message once; its members share them. The app's group unless given.",
-        _optional(_topic),
+        checks.optional(checks.topic),
         str,
     ),
     "concurrency": Option(
         10,
         'How many messages are handled at once: tasks, or threads for a plain `def`. With `executor="process"` the '
         "number of worker processes, one per CPU unless given.",
-        _count,
+        checks.count,
         int,
         guarantees=("G1",),
     ),
@@ -230,15 +125,15 @@ OPTIONS: dict[str, Option] = {
         "auto",
         "Where handlers run: `auto`, an `async def` in the loop and a plain `def` on threads; `process`, both in "
         "worker processes, one message at a time in each: for handlers that keep a CPU busy.",
-        _one_of("auto", "process"),
+        checks.one_of("auto", "process"),
         str,
         guarantees=("G7",),
     ),
-    "batch_size": Option(100, "Messages in a batch of the default batcher.", _count, int, guarantees=("G2",)),
+    "batch_size": Option(100, "Messages in a batch of the default batcher.", checks.count, int, guarantees=("G2",)),
     "batch_timeout": Option(
         1.0,
         "Seconds after which a batch of the default batcher goes though it is not full.",
-        _seconds,
+        checks.seconds,
         float,
         guarantees=("G2",),
     ),
@@ -246,13 +141,13 @@ OPTIONS: dict[str, Option] = {
     "retry": Option(
         Retry(),
         "How often and how late a failed message is tried again.",
-        _instance(Retry, "a Retry(...), like Retry(attempts=3)"),
+        checks.instance(Retry, "a Retry(...), like Retry(attempts=3)"),
         guarantees=("G7", "G8"),
     ),
     "dead_letter_topic": Option(
         None,
         "Where messages go that are not tried again; `{topic}.{group}.dead` if not given.",
-        _optional(_topic),
+        checks.optional(checks.topic),
         str,
         guarantees=("G7", "G13"),
     ),
@@ -260,31 +155,39 @@ OPTIONS: dict[str, Option] = {
         "dead_letter",
         "What happens when the attempts are used up: `dead_letter`; `drop`, which loses "
         "the message with an error in the log; `retry`, which goes on for ever.",
-        _one_of("dead_letter", "drop", "retry"),
+        checks.one_of("dead_letter", "drop", "retry"),
         str,
         guarantees=("G2", "G7"),
     ),
     "timeout": Option(
         None,
         "Seconds that a handler or batch handler may run; None: for ever.",
-        _optional(_seconds),
+        checks.optional(checks.seconds),
         float,
         guarantees=("G4",),
     ),
-    "middleware": Option((), "Functions round the handler, the first outermost.", _middlewares("message", "Logging")),
+    "middleware": Option(
+        (), "Functions round the handler, the first outermost.", checks.middlewares("message", "Logging")
+    ),
     "batch_middleware": Option(
-        (), "Functions round every batch handler, the first outermost.", _middlewares("batch", "Metrics")
+        (), "Functions round every batch handler, the first outermost.", checks.middlewares("batch", "Metrics")
     ),
     "acknowledgers": Option(
-        (), "What is told of every settle, before and after the broker has it.", _acknowledgers, guarantees=("G3",)
+        (),
+        "What is told of every settle, before and after the broker has it.",
+        checks.acknowledgers,
+        guarantees=("G3",),
     ),
     "gates": Option(
-        (), "What limits demand from outside: a `RateLimit`, a `CircuitBreaker`, a `Pause`.", _gates, guarantees=("G1",)
+        (),
+        "What limits demand from outside: a `RateLimit`, a `CircuitBreaker`, a `Pause`.",
+        checks.gates,
+        guarantees=("G1",),
     ),
     "order_by": Option(
         None,
         "`key`: messages of one key are handled one at a time, in order, also over retries.",
-        _one_of("key", None),
+        checks.one_of("key", None),
         str,
         guarantees=("G9",),
     ),
@@ -292,37 +195,46 @@ OPTIONS: dict[str, Option] = {
         "earliest",
         "Where a group begins that the broker has never seen: `earliest`, with what is still there; `latest`, with "
         "what comes from then on; or a time.",
-        _start,
-        _parse_start,
+        checks.start,
+        checks.parse_start,
     ),
     "sources": Option(
         1,
         "How many sources receive side by side for one pipeline, each a subscription of its own; more than 1 where one "
         "connection is the limit.",
-        _count,
+        checks.count,
         int,
         guarantees=("G1",),
     ),
     "max_demand": Option(
         None,
         "The window: the most messages held unsettled; None: it follows the measured rate, up to 1,000 or more.",
-        _optional(_count),
+        checks.optional(checks.count),
         int,
         guarantees=("G1", "G6"),
     ),
-    "max_buffer_bytes": Option(64 * 1024 * 1024, "The most body bytes held.", _count, int, guarantees=("G12",)),
+    "max_buffer_bytes": Option(64 * 1024 * 1024, "The most body bytes held.", checks.count, int, guarantees=("G12",)),
     "max_payload": Option(
         None,
         "Body bytes over which a message goes to dead letters undecoded; None: the broker's limit.",
-        _optional(_count),
+        checks.optional(checks.count),
         int,
         guarantees=("G13",),
     ),
     "buffer_time": Option(
-        0.25, "Seconds of work that the automatic window holds.", _seconds, float, guarantees=("G1",)
+        0.25, "Seconds of work that the automatic window holds.", checks.seconds, float, guarantees=("G1",)
     ),
-    "payload": Option(None, "The payload's type, where it cannot be read from the handler's annotation.", _anything),
+    "payload": Option(
+        None, "The payload's type, where it cannot be read from the handler's annotation.", checks.anything
+    ),
 }
+
+
+def check_group(where: str, value: Any) -> None:
+    """Raise OptionError when `value` cannot be a group: it is a part of its dead-letter topics' names."""
+    problem = checks.topic(value)
+    if problem:
+        raise OptionError(f"{where}: group must be {problem}; got {value!r}")
 
 
 def resolve(consumer: str, given: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> dict[str, Resolved]:

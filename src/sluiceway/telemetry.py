@@ -68,10 +68,13 @@ class Demanded(Event, frozen=True):
 
 
 class Received(Event, frozen=True):
-    """One receive returned: `count` messages of a demand of `demand`."""
+    """One receive returned: `count` messages of a demand of `demand`. With them `held` are held, and up to `window`
+    may be."""
 
     demand: int
     count: int
+    held: int
+    window: int
 
 
 class Queued(Event, frozen=True):

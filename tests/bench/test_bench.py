@@ -151,7 +151,7 @@ async def test_the_watch_sees_a_window_that_is_overrun() -> None:
 
     async with app.running():
         watch = Watch(app, lambda: watch.window + 1)
-        app.telemetry.emit(Received(consumer="consume", demand=1, count=1))
+        app.telemetry.emit(Received(consumer="consume", demand=1, count=1, held=1, window=1))
         with pytest.raises(AssertionError, match="G1: the broker counts"):
             watch.check()
 

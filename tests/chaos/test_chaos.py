@@ -30,7 +30,16 @@ GOOD = Row(
 
 
 @pytest.mark.parametrize(
-    "bad", [{"lost": 1}, {"dead": 1}, {"left": 1}, {"repeated": 41}, {"recovered": None}, {"error": "it hung"}]
+    "bad",
+    [
+        {"lost": 1},
+        {"dead": 1},
+        {"left": 1},
+        {"repeated": 41},
+        {"overtaken": 1},
+        {"recovered": None},
+        {"error": "it hung"},
+    ],
 )
 def test_a_row_is_not_ok_when_anything_is_wrong(bad: dict[str, object]) -> None:
     assert GOOD.ok
@@ -58,6 +67,42 @@ def test_the_book_knows_what_was_sent_handled_and_repeated(tmp_path: Path) -> No
     ledger.note("end", 2)
     book.read()
     assert book.caught_up(time.monotonic()) == book.ended[2]
+    book.close()
+
+
+def test_a_failure_on_purpose_is_no_repetition_and_what_comes_more_often_is(tmp_path: Path) -> None:
+    book, ledger = Book(tmp_path / "ledger"), Ledger(str(tmp_path / "ledger"))
+    for event in ("offer", "accept", "start", "fail", "start", "end"):
+        ledger.note(event, 0)
+    book.read()
+    assert (book.repeated(), book.running[os.getpid()], book.missing()) == (0, 0, set())
+    for event in ("start", "fail"):
+        ledger.note(event, 0)
+    book.read()
+    assert book.repeated() == 1
+    book.close()
+
+
+@pytest.mark.parametrize(
+    ("events", "overtaken"),
+    [
+        ("start 0, end 0, start 2, end 2, start 4, end 4", 0),
+        ("start 0, start 1, end 1, end 0, start 2, end 2", 0),  # another key
+        ("start 0, fail 0, start 0, end 0, start 2, end 2", 0),
+        ("start 0, end 0, start 2, end 2, start 0, end 0", 0),  # it came again
+        ("start 0, start 2, end 0, end 2", 1),
+        ("start 0, fail 0, start 2, end 2, start 0, end 0", 1),
+        ("start 2, end 2, start 0, end 0, start 4, end 4", 1),
+        ("start 4, end 4, start 2, end 2, start 0, end 0", 2),
+        ("offer 0, start 2, end 2, start 0, end 0", 0),  # nobody knows when 0 was accepted
+    ],
+)
+def test_what_overtakes_an_earlier_message_of_its_key_is_seen(tmp_path: Path, events: str, overtaken: int) -> None:
+    book, ledger = Book(tmp_path / "ledger"), Ledger(str(tmp_path / "ledger"))
+    for event, n in (one.split() for one in ("offer 0, offer 1, offer 2, offer 4, " + events).split(", ")):
+        ledger.note(event, int(n))
+    book.read()
+    assert book.overtaken(lambda n: "odd" if n % 2 else "even") == overtaken
     book.close()
 
 
@@ -134,7 +179,7 @@ def test_a_name_that_fits_no_cell_is_wrong_usage(capsys: pytest.CaptureFixture[s
 
 def test_the_cells_are_listed_with_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "sqlite", "--list"]) == 0
-    assert "sqlite, kill worker: one of two workers is killed with SIGKILL" in capsys.readouterr().out
+    assert "sqlite, kill worker: a worker is killed with SIGKILL" in capsys.readouterr().out
 
 
 def test_a_failed_row_is_marked_in_the_table_with_its_error() -> None:
@@ -149,10 +194,15 @@ def test_a_failed_row_is_marked_in_the_table_with_its_error() -> None:
 def test_the_rows_go_between_the_markers_of_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{START}\nold\n{END}\nafter\n", encoding="utf-8")
-    write_docs([GOOD], page, ["Redis 7"])
+    bad = Row(broker="nats", fault="kill", sent=10, handled=9, lost=1, overtaken=2, error="not within 15 s")
+    write_docs([GOOD, bad], page, ["Redis 7"])
     text = page.read_text(encoding="utf-8")
     assert "old" not in text
-    assert "| cut | 1,200 | 1,200 | 0 | 7 of 40 | 0.5 s | 0.7 s | ok | the connection was lost" in text
+    assert "| cut | 1,200 | 1,200 | 0 |  | 7 of 40 | 0.5 s | 0.7 s | ok | the connection was lost" in text
+    assert "| kill | 10 | 9 | 1 | 2 | 0 |  |  | FAIL | not within 15 s |" in text
+    assert "| fault | what happens | redis | nats |\n" in text
+    assert "and started again after 1 s | – | FAIL |\n" in text
+    assert "by RST and by FIN | ok | – |\n" in text
     assert "Redis 7" in text
     assert (text.startswith("before\n"), text.endswith("\nafter\n")) == (True, True)
     assert START in (ROOT / "docs" / "reference" / "faults.md").read_text(encoding="utf-8")

@@ -16,15 +16,17 @@ from chaos.cell import run_cell
 from chaos.faults import FAULTS, Fault
 
 USUAL = ("restart", "cut", "kill worker", "locked file")
+IN_ORDER = ("kill worker",)
 
 
 def cells() -> Iterator[Any]:
     """One group per broker: its cells follow each other over one server."""
     for make in BROKERS:
+        name = make.name.replace(", ", "-").replace(" ", "-")
         for fault in FAULTS:
-            if fault.name in USUAL and fault.fits(make):
-                marks = [pytest.mark.crash, pytest.mark.slow, pytest.mark.xdist_group(f"chaos-{make.name}")]
-                yield pytest.param(make, fault, marks=marks, id=f"{make.name}-{fault.name.replace(' ', '-')}")
+            if fault.name in (IN_ORDER if make.ordered else USUAL) and fault.fits(make):
+                marks = [pytest.mark.crash, pytest.mark.slow, pytest.mark.xdist_group(f"chaos-{name}")]
+                yield pytest.param(make, fault, marks=marks, id=f"{name}-{fault.name.replace(' ', '-')}")
 
 
 @pytest.fixture(scope="module")
@@ -40,5 +42,6 @@ def test_nothing_is_lost_and_messages_flow_again(broker: Broker, fault: Fault) -
     assert row.error is None, row
     assert (row.lost, row.dead, row.left) == (0, 0, 0), row
     assert row.repeated <= row.at_most, row
+    assert not row.overtaken, row
     assert row.recovered is not None, row
     assert row.ok

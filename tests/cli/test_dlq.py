@@ -111,7 +111,17 @@ def test_json_lists_one_object_per_line(sluiceway: Command) -> None:
     out = sluiceway("dlq", "list", "payments", "--json")[1]
     first, second = map(json.loads, out.splitlines())
     assert (first["id"], second["id"]) == ("id-1", "id-2")
-    assert (first["topic"], first["attempts"], first["error"]) == ("payments.created", "4", "unlucky 1")
+    assert (first["topic"], first["attempts"], first["error"]) == ("payments.created", 4, "unlucky 1")
+    assert (first["published_at"], first["failed_at"]) == (1_000.5, 2_001.0)
+
+
+def test_numbers_that_a_strangers_dead_letter_does_not_have_are_not_made_up(sluiceway: Command) -> None:
+    strange = {"attempts": "many", "published-at": "nan", "failed-at": "1e300"}
+    headers = {f"sluiceway-dead-{name}": value for name, value in strange.items()}
+    publish(Outgoing(DEAD, b"1", id="id-1", headers=headers, timestamp=3_000.5))
+    told = json.loads(sluiceway("dlq", "list", "payments", "--json")[1])
+    assert (told["attempts"], told["published_at"], told["failed_at"]) == (None, 3_000.5, 3_000.5)
+    assert "at attempt ?" in sluiceway("dlq", "show", "payments", "--id", "id-1")[1]
 
 
 def test_a_stranger_cannot_write_to_the_terminal(sluiceway: Command) -> None:

@@ -43,12 +43,13 @@ def inspected(sluiceway: Command, *arguments: str) -> dict[str, dict[str, object
 def test_every_option_is_shown_with_its_origin(sluiceway: Command) -> None:
     options = inspected(sluiceway, "--set", "payments.concurrency=20")["payments"]["options"]
     assert isinstance(options, dict)
-    assert options["concurrency"] == {"value": "20", "origin": "command line"}
+    assert options["concurrency"] == {"value": 20, "origin": "command line"}
     assert options["order_by"] == {"value": "key", "origin": "consumer"}
-    assert options["buffer_time"] == {"value": "0.25", "origin": "default"}
+    assert options["buffer_time"] == {"value": 0.25, "origin": "default"}
     assert options["group"] == {"value": "shop", "origin": "app"}
-    assert options["batch_size"] == {"value": "50", "origin": "consumer"}  # said by @payments.batch
+    assert options["batch_size"] == {"value": 50, "origin": "consumer"}  # said by @payments.batch
     assert options["batchers"] == {"value": "default", "origin": "consumer"}
+    assert options["timeout"] == {"value": None, "origin": "default"}
 
 
 def test_the_topology_is_shown(sluiceway: Command) -> None:
@@ -68,10 +69,30 @@ def test_the_delays_of_retries_are_those_that_the_attempts_can_reach(sluiceway: 
         assert isinstance(guarantees, dict)
         return guarantees["failure"].partition(", then")[0]
 
-    assert failure('{"attempts": 4}') == "4 attempts, 1 to 4 s apart"
-    assert failure('{"attempts": 2, "base_delay": 3600}') == "2 attempts, 3600 s apart"
-    assert failure('{"attempts": 20, "max_delay": 60}') == "20 attempts, 1 to 60 s apart"
+    assert failure('{"attempts": 4}') == "4 attempts, 0.5 to 4 s apart"
+    assert failure('{"attempts": 4, "jitter": 0}') == "4 attempts, 1 to 4 s apart"
+    assert failure('{"attempts": 2, "base_delay": 3600, "jitter": 0.1}') == "2 attempts, 3240 to 3600 s apart"
+    assert failure('{"attempts": 2, "base_delay": 3600, "jitter": 0}') == "2 attempts, 3600 s apart"
+    assert failure('{"attempts": 20, "max_delay": 60}') == "20 attempts, 0.5 to 60 s apart"
     assert failure('{"attempts": 1}') == "no retry"
+
+
+def test_retries_for_ever_are_told_with_the_delay_that_they_grow_to(sluiceway: Command) -> None:
+    def failure(retry: str) -> object:
+        settings = ("--set", "payments.exhausted=retry", "--set", f"payments.retry={retry}")
+        guarantees = inspected(sluiceway, *settings)["payments"]["guarantees"]
+        assert isinstance(guarantees, dict)
+        return guarantees["failure"].partition(";")[0]
+
+    assert failure("{}") == "tried for ever, 0.5 to 300 s apart"
+    assert failure('{"multiplier": 1, "base_delay": 8}') == "tried for ever, 4 to 8 s apart"
+
+
+def test_the_share_of_a_delay_that_is_left_to_chance_is_shown(sluiceway: Command) -> None:
+    out = sluiceway("inspect", "shop:app", "--set", 'payments.retry={"jitter": 0.25}')[1]
+    assert "4 attempts, 1 s × 2, at most 300 s, each up to 25 % less by chance" in out
+    out = sluiceway("inspect", "shop:app", "--set", 'payments.retry={"jitter": 0}')[1]
+    assert "4 attempts, 1 s × 2, at most 300 s  " in out
 
 
 def test_the_window_and_other_guarantees_follow_from_options_and_broker(sluiceway: Command) -> None:

@@ -31,6 +31,26 @@ def test_what_is_parked_is_called_when_the_one_before_it_has_come() -> None:
     assert away.comes("k", 2, "b again")
 
 
+@pytest.mark.parametrize("goes_back", ["before", "after"])
+def test_what_came_twice_and_is_settled_once_holds_nobody_up(goes_back: str) -> None:
+    away: Away[str] = Away()
+    assert away.comes("k", 1, "a")
+    assert away.comes("k", 1, "a too")
+    if goes_back == "before":
+        away.goes("a too", 5.0)
+    away.ends("a")
+    if goes_back == "after":
+        away.goes("a too", 5.0)
+    assert away.comes("k", 2, "b"), "the first one does not come any more"
+    away.parks("b", 40.0, behind_held=True)
+    assert away.calls(6.0) == ["b"]
+    away.comes("k", 2, "b again")
+    away.ends("b again")
+    assert away.calls(7.0) == []
+    assert not away._lanes
+    assert not away._where
+
+
 def test_what_was_parked_behind_one_that_is_held_waits_until_that_is_settled() -> None:
     away: Away[str] = Away()
     for place, token in enumerate("abc"):

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sluiceway import App, ConnectError, OptionError
 from sluiceway.address import TLS, url_options, without_secrets, yes_or_no
+from sluiceway.middleware.idempotency.redis import RedisStore
+from sluiceway.transports.nats import NATSTransport
+from sluiceway.transports.rabbitmq import RabbitMQTransport
+from sluiceway.transports.redis import RedisTransport
 
+TRANSPORTS = {
+    RedisTransport: ("redis", "rediss"),
+    NATSTransport: ("nats", "tls"),
+    RabbitMQTransport: ("amqp", "amqps"),
+}
+MAKERS = [
+    pytest.param(scheme, make, id=f"{scheme}-{make.__qualname__}")
+    for transport, schemes in TRANSPORTS.items()
+    for scheme in schemes
+    for make in (App, transport, transport.from_url)
+    if make is not NATSTransport  # it takes servers, and secrets apart from them
+] + [pytest.param("redis", RedisStore, id="RedisStore")]
 KNOWN = {"lease": float, "window": int, "declare": yes_or_no, "prefix": str}
 
 
@@ -51,12 +68,33 @@ def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("mark", ["/", "?", "#", "/x@y", "?x=1&y="])
-@pytest.mark.parametrize("scheme", ["redis", "rediss", "nats", "tls", "amqp", "amqps"])
-def test_a_password_that_is_not_escaped_is_an_error_that_does_not_show_it(scheme: str, mark: str) -> None:
+@pytest.mark.parametrize(("scheme", "make"), MAKERS)
+def test_a_password_that_is_not_escaped_is_an_error_that_does_not_show_it(
+    scheme: str, make: Callable[[str], object], mark: str
+) -> None:
     with pytest.raises(OptionError, match=r"has an @ behind its host; write / as %2F") as caught:
-        App(f"{scheme}://ada:s3cr{mark}et12@host:1234/x")
+        make(f"{scheme}://ada:s3cr{mark}et12@host:1234/x")
     assert "s3cr" not in str(caught.value)
     assert "et12" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mark", ["[", "]", "\u2100"])
+@pytest.mark.parametrize(("scheme", "make"), MAKERS)
+def test_a_password_that_makes_the_host_unreadable_is_not_shown_either(
+    scheme: str, make: Callable[[str], object], mark: str
+) -> None:
+    with pytest.raises(OptionError, match="has a host that cannot be read") as caught:
+        make(f"{scheme}://ada:s3cr{mark}et12@host:1234/x")
+    assert "s3cr" not in str(caught.value)
+    assert "et12" not in str(caught.value)
+    assert caught.value.__suppress_context__  # a traceback would show what urllib says
+
+
+def test_a_url_in_place_of_a_server_is_an_error_that_does_not_show_its_password() -> None:
+    for servers in ("nats://ada:s3cret@host", ("host:4222", "ada:s3cret@host")):
+        with pytest.raises(OptionError, match=r"write NATSTransport\.from_url") as caught:
+            NATSTransport(servers)
+        assert "s3cret" not in str(caught.value)
 
 
 def test_a_path_of_sqlite_may_have_an_at(tmp_path: Path) -> None:

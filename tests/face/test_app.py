@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -285,6 +288,40 @@ async def test_a_key_function_that_gives_no_string_publishes_nothing(monkeypatch
 async def test_publishing_without_a_loop_is_refused_inside_one() -> None:
     with pytest.raises(AppError, match=r"publish_sync was called inside a running event loop; use `await app.publish"):
         app().publish_sync("t", 1)
+
+
+async def test_a_plain_handler_publishes_over_the_connection_of_its_app() -> None:
+    """It would else open a second one in its thread, under the feet of the first."""
+    made, received = app(publish_headers=lambda: {"by": threading.current_thread().name}), asyncio.Queue[Message[int]]()
+
+    @made.consumer("numbers")
+    def double(message: Message[int]) -> None:
+        made.publish_sync("one", 2 * message.payload)
+        made.publish_many_sync("many", [message.payload, 3 * message.payload])
+
+    @made.consumer("one", "many")
+    async def listen(message: Message[int]) -> None:
+        await received.put(message)
+
+    async with made.running():
+        await made.publish("numbers", 7)
+        async with asyncio.timeout(20):
+            messages = [await received.get() for _ in range(3)]
+            await made.publish("one", 0)  # the app is as connected as before
+            messages.append(await received.get())
+    assert sorted(one.payload for one in messages) == [0, 7, 14, 21]
+    assert {one.headers["by"] for one in messages} == {threading.main_thread().name}
+
+
+def test_a_script_without_a_loop_publishes_and_closes(tmp_path: Path) -> None:
+    made = App(f"sqlite:///{tmp_path}/shop.db")
+    ids = [made.publish_sync("numbers", 1), *made.publish_many_sync("numbers", [2, 3])]
+
+    async def stored() -> list[tuple[str, bytes]]:
+        async with made:
+            return [(one.id, one.body) async for one in made.transport.browse("numbers")]
+
+    assert asyncio.run(stored()) == list(zip(ids, [b"1", b"2", b"3"], strict=True))
 
 
 @pytest.mark.parametrize("payloads", ["abc", b"abc", {"id": 1}], ids=["text", "bytes", "mapping"])

@@ -10,7 +10,7 @@ import pytest
 from sluiceway import OptionError
 from sluiceway.telemetry import Event, PipelineStarted, Received, Settled, Telemetry
 
-RECEIVED = Received(consumer="payments", demand=5, count=3)
+RECEIVED = Received(consumer="payments", demand=5, count=3, held=3, window=10)
 SETTLED = Settled(consumer="payments", outcome="ack", count=3)
 
 

@@ -139,6 +139,10 @@ async def act_async(message: Message[bytes]) -> Any:
     return act(message)
 
 
+async def publish_and_wait(message: Message[bytes]) -> None:
+    await message.publish("out", 1)  # type: ignore[func-returns-value]
+
+
 def route(message: Message[bytes]) -> Any:
     """For batches: the body's first letter is the batch key."""
     if message.body == b"unpicklable":

@@ -104,6 +104,16 @@ async def test_the_log_has_the_traceback(told: Told, caplog: pytest.LogCaptureFi
     assert 'raise ValueError("outer") from error' in record.message
 
 
+async def test_a_publish_that_is_awaited_there_is_told_how_to_write_it(
+    told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = Broker("a")
+    async with running(Pipeline(broker.open, handlers.publish_and_wait, **ONCE), broker):
+        await broker.settled(1)
+    assert "message.publish(...) is not awaited" in caplog.text
+    assert "message.publish(...) is not awaited" in dead(broker, "m1")["traceback"]
+
+
 async def test_an_exception_is_of_its_own_class_also_when_pickle_cannot_make_it(told: Told) -> None:
     broker = Broker("picky")
     retry = Retry(attempts=5, never=(handlers.Picky,))

@@ -254,6 +254,36 @@ async def test_a_burst_spreads_over_all_processors_at_once() -> None:
         assert asyncio.get_running_loop().time() < 1.1
 
 
+async def test_handlers_that_never_wait_are_run_by_one_processor() -> None:
+    broker = Broker(*bodies(1000))
+    tasks: set[asyncio.Task[Any] | None] = set()
+
+    async def handle(message: Message[bytes]) -> None:
+        tasks.add(asyncio.current_task())
+
+    async with running(Pipeline(broker.open, handle, concurrency=10), broker):
+        await broker.settled(1000)
+    assert len(tasks) == 1, "waking the others takes longer than what they would do"
+
+
+async def test_a_handler_that_begins_to_wait_in_the_midst_of_a_run_lets_others_go_on() -> None:
+    broker = Broker(*bodies(60), limit=60)
+    first = asyncio.Event()
+    handled = 0
+
+    async def handle(message: Message[bytes]) -> None:
+        nonlocal handled
+        if handled == 40 and not first.is_set():
+            first.set()
+            await asyncio.sleep(3600)
+        handled += 1
+
+    async with running(Pipeline(broker.open, handle, concurrency=2, max_demand=60), broker):
+        await first.wait()
+        await asyncio.sleep(0.001)
+        assert handled == 59
+
+
 async def test_a_thousand_processors_run_a_thousand_handlers() -> None:
     broker = Broker(*bodies(3000))
 
@@ -297,3 +327,27 @@ async def test_a_source_that_returns_nothing_at_once_does_not_stop_the_loop() ->
         broker.source.wake()
         await asyncio.sleep(1)
         broker.source.paused = False
+
+
+async def test_acks_go_out_before_more_is_asked_for() -> None:
+    """What a broker is asked first it answers first, and a receive may wait for hours."""
+    broker, calls = Broker(*bodies(1)), list[str]()
+
+    async def settle(acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> None:
+        calls.append("ack")
+
+    async def receive(demand: int) -> None:
+        calls.append("receive")
+
+    broker.on_settle, broker.on_receive = settle, receive
+
+    async def handle(message: Message[bytes]) -> None:
+        return
+
+    async with running(Pipeline(broker.open, handle), broker):
+        await broker.settled(1)  # its processor has started
+        await broker.until(lambda: broker.source.receiving)
+        calls.clear()
+        broker.put("another")
+        await broker.until(lambda: len(calls) == 2)
+    assert calls == ["ack", "receive"]

@@ -70,6 +70,25 @@ async def test_an_exception_is_logged_once_with_its_traceback(caplog: pytest.Log
     assert "handle: message m1 of 'source' failed at attempt 1 of 1 (ValueError: broken); it goes to" in record.message
 
 
+async def test_a_publish_that_is_awaited_is_told_how_to_write_it(caplog: pytest.LogCaptureFixture) -> None:
+    async def handle(message: Message[bytes]) -> None:
+        await message.publish("elsewhere", 1)  # type: ignore[func-returns-value]
+
+    broker = await run(handle, "a", retry=Retry(attempts=1))
+    assert "message.publish(...) is not awaited" in caplog.text
+    (dead,) = broker.dead[0].outputs
+    assert "Write it without await" in dead.headers["sluiceway-dead-traceback"]
+
+
+async def test_another_await_of_nothing_is_told_as_python_tells_it(caplog: pytest.LogCaptureFixture) -> None:
+    async def handle(message: Message[bytes]) -> None:
+        await message.fail("no")  # type: ignore[func-returns-value]
+
+    await run(handle, "a", retry=Retry(attempts=1))
+    assert "NoneType" in caplog.text
+    assert "message.publish" not in caplog.text
+
+
 async def test_a_dead_letter_says_what_why_where_and_when() -> None:
     async def handle(message: Message[bytes]) -> None:
         raise ValueError("broken")

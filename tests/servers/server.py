@@ -16,13 +16,13 @@ from typing import NoReturn, Self
 import pytest
 
 
-def find(program: str, *elsewhere: str) -> str:
+def find(program: str, *elsewhere: str, package: str | None = None) -> str:
     """Where a server's program is. Missing, it skips the test, but in CI it fails: there the servers must be."""
     for name in (program, *elsewhere):
         found = shutil.which(name)
         if found is not None:
             return found
-    missing(program, f"on Debian or Ubuntu: apt-get install {program}")
+    missing(program, f"on Debian or Ubuntu: apt-get install {package or program}")
 
 
 def missing(what: str, install: str) -> NoReturn:

@@ -14,19 +14,37 @@ from pathlib import Path
 
 import pika
 
+from sluiceway.message import Message
+from sluiceway.source import Source, Subscription
 from sluiceway.testing.acceptance import Broker
 from sluiceway.transport import Transport
 from sluiceway.transports.rabbitmq import RabbitMQTransport
 from tests.servers.proxy import Proxy
 from tests.servers.rabbitmq import RabbitMQServer
 
+SOON = 30.0  # seconds after which what should come is said to be lost
 
-async def until(true: Callable[[], object], seconds: float = 30.0) -> None:
+
+async def until(true: Callable[[], object], seconds: float = SOON) -> None:
     """Return when `true()` holds. Fails when that takes too long."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
         await asyncio.sleep(0.01)
+
+
+async def opened(transport: Transport, topic: str = "t", window: int = 1000) -> Source:
+    """A source of a topic for the group `g`."""
+    return await transport.subscribe(Subscription(topics=(topic,), group="g", window=window))
+
+
+async def take(source: Source, count: int) -> list[Message[bytes]]:
+    """As many messages as these. Fails when that takes too long."""
+    found: list[Message[bytes]] = []
+    async with asyncio.timeout(SOON):
+        while len(found) < count:
+            found += await source.receive(count - len(found))
+    return found
 
 
 @cache
@@ -49,6 +67,7 @@ class RabbitMQBroker(Broker):
     late = 10.0
     topics = 1_000
     tells_age = False  # the head of a queue cannot be looked at without taking it
+    pushes_ahead = True  # a prefetch cannot change, and who ends a consumer hands its turn to another process
     tells_delayed = False  # all groups share the delay queues
 
     def __init__(self, server: RabbitMQServer, proxy: Proxy | None = None) -> None:
@@ -70,6 +89,12 @@ class RabbitMQBroker(Broker):
     async def interrupt(self) -> None:
         assert self.proxy is not None
         await asyncio.to_thread(self.proxy.cut)
+
+    async def expire(self, source: Source) -> None:
+        """It has no lease: what it holds is over when its connection is."""
+        epoch = source.status().scopes
+        await self.interrupt()
+        await until(lambda: source.status().scopes != epoch)
 
     async def restart(self) -> None:
         await asyncio.to_thread(self.server.kill)

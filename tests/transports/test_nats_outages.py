@@ -148,7 +148,8 @@ async def test_a_publish_whose_confirm_nobody_heard_says_which_messages(server: 
         call = asyncio.create_task(transport.publish(messages))
         await asyncio.sleep(0.2)
         await asyncio.to_thread(proxy.cut)
-        with pytest.raises(PublishError) as caught:
+        said = f"^{len(messages)} of {len(messages)} messages are not confirmed as published: "
+        with pytest.raises(PublishError, match=said) as caught:
             await call
         assert list(caught.value.failed) == messages
         await asyncio.to_thread(proxy.heal)

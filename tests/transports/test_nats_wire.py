@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from nats.protocol.parser import Parser
 
 from sluiceway.message import Outgoing
 from sluiceway.transports.nats.consumers import consumer_name
-from sluiceway.transports.nats.headers import path_of, place_of, read_delivery, read_headers, write_headers
+from sluiceway.transports.nats.headers import Note, path_of, place_of, read_delivery, read_headers, write_headers
 from sluiceway.transports.nats.wire import Frame, WireParser
 
 
@@ -105,14 +106,14 @@ ODD = {
 
 
 def test_any_header_comes_back_and_none_breaks_the_block() -> None:
-    message = Outgoing("t", b"", "k\r\n", dict(ODD), id="own\nid", timestamp=1.5)
-    block = write_headers(message, due=7.25, dedupe="d")
+    message = Outgoing("t", b"", "k\r\n", dict(ODD), id="own\nid", timestamp=1.5, delay=0.25)
+    block = write_headers(message, now=7.0, dedupe="d")
     assert block.isascii()
     assert block.count(b"\r\n\r\n") == 1
     read = read_headers(block)
     assert dict(read.envelope.headers) == ODD
     assert (read.envelope.id, read.envelope.key, read.envelope.timestamp) == ("own\nid", "k\r\n", 1.5)
-    assert (read.due, read.stranger) == (7.25, "d")
+    assert (read.due, read.delay, read.stranger) == (7.25, 0.25, "d")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,21 @@ def test_headers_that_make_no_sense_are_read_all_the_same(lines: bytes) -> None:
     read = read_headers(b"NATS/1.0\r\ncolour: \xff\r\n%b\r\n\r\n" % lines)
     assert read.due == 0.0
     assert read.envelope.headers["colour"] == "\udcff"
+
+
+@pytest.mark.parametrize(
+    ("note", "wait"),
+    [
+        (b'{"due": 102.5, "delay": 5.0}', 2.5),
+        (b'{"due": 99.0, "delay": 5.0}', 0.0),
+        (b'{"due": 3700.0, "delay": 5.0}', 5.0),  # by a clock that is an hour ahead
+        (b'{"due": 3700.0}', 3600.0),
+        (b'{"due": 102.5, "delay": 5.0, "hop": 7}', 2.5),  # of a newer version
+        (b"{}", 0.0),
+    ],
+)
+def test_a_note_says_how_long_its_message_must_wait(note: bytes, wait: float) -> None:
+    assert msgspec.json.decode(note, type=Note).left(100.0) == wait
 
 
 def test_the_short_way_reads_what_the_long_way_reads() -> None:

@@ -11,14 +11,12 @@ import pika
 import pytest
 
 from sluiceway.errors import PublishError
-from sluiceway.message import Message, Outgoing, Settlement
-from sluiceway.source import Source, Subscription
+from sluiceway.message import Outgoing, Settlement
+from sluiceway.source import Subscription
 from sluiceway.transports.rabbitmq import RabbitMQTransport
 from tests.servers.proxy import Proxy
 from tests.servers.rabbitmq import RabbitMQServer
-from tests.transports.rabbitmq_kit import RabbitMQBroker, shared_server, until
-
-SOON = 30.0
+from tests.transports.rabbitmq_kit import SOON, RabbitMQBroker, opened, shared_server, take, until
 
 
 @pytest.fixture
@@ -40,18 +38,6 @@ async def transport(broker: RabbitMQBroker, proxy: Proxy) -> AsyncIterator[Rabbi
     await transport.connect()
     yield transport
     await transport.aclose()
-
-
-async def opened(transport: RabbitMQTransport, topic: str = "t", window: int = 100) -> Source:
-    return await transport.subscribe(Subscription(topics=(topic,), group="g", window=window))
-
-
-async def take(source: Source, count: int) -> list[Message[bytes]]:
-    found: list[Message[bytes]] = []
-    async with asyncio.timeout(SOON):
-        while len(found) < count:
-            found += await source.receive(count - len(found))
-    return found
 
 
 async def publish(transport: RabbitMQTransport, *bodies: bytes) -> None:

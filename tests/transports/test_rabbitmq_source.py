@@ -12,12 +12,10 @@ import pytest
 
 from sluiceway.errors import Unsupported
 from sluiceway.message import Message, Outgoing, Settlement
-from sluiceway.source import Source, Subscription
+from sluiceway.source import Subscription
 from sluiceway.transports.rabbitmq import RabbitMQTransport
 from tests.servers.rabbitmq import RabbitMQServer
-from tests.transports.rabbitmq_kit import RabbitMQBroker, shared_server
-
-SOON = 20.0
+from tests.transports.rabbitmq_kit import SOON, RabbitMQBroker, opened, shared_server, take
 
 
 @pytest.fixture
@@ -31,18 +29,6 @@ async def transport(broker: RabbitMQBroker) -> AsyncIterator[RabbitMQTransport]:
     await transport.connect()
     yield transport
     await transport.aclose()
-
-
-async def opened(transport: RabbitMQTransport, topic: str = "t", window: int = 1000) -> Source:
-    return await transport.subscribe(Subscription(topics=(topic,), group="g", window=window))
-
-
-async def take(source: Source, count: int) -> list[Message[bytes]]:
-    found: list[Message[bytes]] = []
-    async with asyncio.timeout(SOON):
-        while len(found) < count:
-            found += await source.receive(count - len(found))
-    return found
 
 
 def ready(broker: RabbitMQBroker) -> int:

@@ -34,7 +34,7 @@ def broker() -> Iterator[RabbitMQBroker]:
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has lived for half a second may take what others left."""
-    monkeypatch.setattr("sluiceway.transports.rabbitmq.source.STEADY", 0.5)
+    monkeypatch.setattr("sluiceway.transports.rabbitmq.suspects.STEADY", 0.5)
 
 
 async def one(source: Source) -> Message[bytes]:

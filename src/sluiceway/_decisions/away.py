@@ -70,8 +70,17 @@ class Away(Generic[TokenT]):
         return True
 
     def ends(self, token: TokenT) -> None:
-        """It is settled for good."""
+        """It is settled for good, and with it whatever else there was of it: what came twice, when its lease was over
+        on the way, may be in hand once more or have gone back."""
+        key, place = self._where.get(token, (None, 0))
         self._leaves(token)
+        lane = self._lanes.get(key)
+        if lane is not None:
+            twin = lane.held.pop(place, None)
+            if twin is not None:
+                del self._where[twin]
+            self._take(lane, place)
+            self._moved.add(key)
 
     def goes(self, token: TokenT, due: float) -> None:
         """It went back, and comes again at `due`."""
@@ -146,6 +155,10 @@ class Away(Generic[TokenT]):
         return [
             (key, place) for key, lane in self._lanes.items() for place, away in lane.away.items() if away.due < before
         ]
+
+    def dues(self) -> list[tuple[int, float]]:
+        """The place of each that is away, and when it comes by itself."""
+        return [(place, away.due) for lane in self._lanes.values() for place, away in lane.away.items()]
 
     def coming(self, before: float) -> int:
         """How many come before a time, without those that are parked."""

@@ -132,7 +132,7 @@ def reason_of(error: BaseException) -> Reason:
 
 
 def explain(error: BaseException) -> None:
-    """Note what to write instead of `await message.publish(...)`, of which Python only says that None is not awaited."""
+    """Note what to write instead of `await message.publish(...)`: Python only says that None is not awaited."""
     if type(error) is not TypeError or "NoneType" not in (text := _safely(str, error)) or "await" not in text:
         return
     trace = error.__traceback__

@@ -55,36 +55,45 @@ class Flow:
         self._quarantine = SuspectQuarantine(
             spec, source, self.settler, self.processors, self.batchers, self.failures, telemetry
         )
-        self._quarantine.take_unstarted = self._take_unstarted
-        self.intake.quarantine = self._quarantine
-        self._quarantine.put = self.intake.put
-        if spec.prepare is not None:
-            self.intake.prepare = Preparer(spec, self.settler, spec.prepare)
-        if self.settler.acknowledgers is not None:
-            self.settler.acknowledgers.on_exit = self._exit
-        self.intake.release_unstarted = lambda: self._release(self._take_unstarted())
         self._drain = Drain(spec.name, self.intake, self.processors, self.batchers, self.settler, self._take_unstarted)
-        self.settler.on_freed = self.processors.on_idle = self._poked
-        self.batchers.on_idle(self._poked)
-        self.batchers.on_crash(self._crashed)
-        self.batchers.on_exhausted(lambda: self._exhausted("as many batch handlers as run at once"))
         self.lanes: LaneKeeper | None = None
-        if spec.ordered:
-            self.lanes = LaneKeeper(self.processors, self.settler, self.window, self.batchers)
-            self.lanes.arriving = self._preparing
-            if self.intake.prepare is not None:
-                self.intake.prepare.arrived = self.lanes.arrived
-            self.intake.queue = self.lanes
-            self.intake.waiting_in_lanes = lambda: self.lanes.waiting if self.lanes is not None else 0
-        if spec.batchers:
-            self.settler.occupancy.unstarted = lambda: self.processors.unstarted + self.intake.waiting_in_lanes()
-        if isinstance(source, MergedSource):
-            source.keep(self._on_thread)
         self._spans = Spans(spec, telemetry)
         self.leases = LeaseKeeper(spec.name, source, self.settler)
         self._stop = asyncio.Event()
         self._freed = asyncio.Event()
         self._crash: Exception | None = None
+        self._connect_stages()
+        if spec.ordered:
+            self._keep_order()
+
+    def _connect_stages(self) -> None:
+        """Tell the stages of each other, and of what is told here."""
+        self._quarantine.take_unstarted = self._take_unstarted
+        self._quarantine.put = self.intake.put
+        self.intake.quarantine = self._quarantine
+        self.intake.release_unstarted = lambda: self._release(self._take_unstarted())
+        self.intake.leases_needed = self.leases.needed
+        if self.spec.prepare is not None:
+            self.intake.prepare = Preparer(self.spec, self.settler, self.spec.prepare)
+        if self.settler.acknowledgers is not None:
+            self.settler.acknowledgers.on_exit = self._exit
+        self.settler.on_freed = self.processors.on_idle = self._poked
+        self.batchers.on_idle(self._poked)
+        self.batchers.on_crash(self._crashed)
+        self.batchers.on_exhausted(lambda: self._exhausted("as many batch handlers as run at once"))
+        if self.spec.batchers:
+            self.settler.occupancy.unstarted = lambda: self.processors.unstarted + self.intake.waiting_in_lanes()
+        if isinstance(self.source, MergedSource):
+            self.source.keep(self._on_thread)
+
+    def _keep_order(self) -> None:
+        """Put lanes between the intake and the processors."""
+        lanes = self.lanes = LaneKeeper(self.processors, self.settler, self.window, self.batchers)
+        lanes.arriving = self._preparing
+        if self.intake.prepare is not None:
+            self.intake.prepare.arrived = lanes.arrived
+        self.intake.queue = lanes
+        self.intake.waiting_in_lanes = lambda: lanes.waiting
 
     def stop(self) -> None:
         """Begin the drain. Idempotent."""

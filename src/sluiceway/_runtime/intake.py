@@ -67,6 +67,7 @@ class Intake:
         self.stopping = False
         self.asking = 0  # the demand of the receive that waits, 0 when none does
         self.release_unstarted: Callable[[], object] = _none
+        self.leases_needed = threading.Event()
         self.last = False  # what is received now is handled, though a drain has begun
         self.draining = asyncio.Event()  # and has released what had not started
         self._prepare_for_draining = getattr(source, "prepare_for_draining", None)
@@ -104,17 +105,24 @@ class Intake:
                 self._answered(len(messages), demand)
                 await self._admit(messages)
                 if len(messages) < demand or self.gates.contended:
-                    await asyncio.sleep(0)  # so that what came is handled before more is asked for, or others go first
+                    await self._let_others_first()
             else:
                 # The broker has no more: what it gave is handled first, then the books are kept. That takes a tenth off
                 # the way of a single message.
                 try:
                     await self._admit(messages)
-                    await asyncio.sleep(0)
+                    await self._let_others_first()
                 finally:
                     self._answered(len(messages), demand)
         if self._prepare_for_draining is not None:
             await self._receive_last(self._prepare_for_draining)
+
+    async def _let_others_first(self) -> None:
+        """What came is handled before more is asked for, and its acks are on their way: to ask takes longer than a turn
+        of the loop, and what was asked first is answered first."""
+        await asyncio.sleep(0)
+        if self.settler.acks:
+            await asyncio.sleep(0)
 
     async def _receive(self, demand: int) -> Sequence[Message[Any]]:
         self.asking = demand
@@ -133,6 +141,8 @@ class Intake:
                 )
             self.received += len(messages)
             self.settler.held.update(messages)
+            if not self.leases_needed.is_set():
+                self.leases_needed.set()
             self._look_at(messages)
         except BaseException:
             self._answered(0, demand)
@@ -155,7 +165,10 @@ class Intake:
         if count:
             self.window.observe(now, self.settler.finished, starved=self._ran_dry)
             if Received in self.telemetry.attached:
-                self.telemetry.emit(Received(consumer=self.spec.name, demand=demand, count=count))
+                held, window = len(self.settler.held), self.window.size
+                self.telemetry.emit(
+                    Received(consumer=self.spec.name, demand=demand, count=count, held=held, window=window)
+                )
 
     async def _receive_last(self, prepare_for_draining: Callable[[], Awaitable[object]]) -> None:
         """What a source puts out when a drain begins is handled; what has not started else is released."""

@@ -17,12 +17,14 @@ log = logging.getLogger("sluiceway.leases")
 
 
 class LeaseKeeper:
-    """Renews the leases of all that is held every third of the lease, with jitter, on one thread of its own."""
+    """Renews the leases of all that is held every third of the lease, with jitter, on one thread of its own. While
+    nothing is held the thread sleeps, until `needed` is set."""
 
     def __init__(self, name: str, source: Source, settler: PipelineSettler) -> None:
         self.name = name
         self.source = source
         self.settler = settler
+        self.needed = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._loop = asyncio.get_running_loop()
@@ -37,15 +39,19 @@ class LeaseKeeper:
     async def stop(self) -> None:
         """Stop renewing. Idempotent."""
         self._stop.set()
+        self.needed.set()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
     def _run(self, make: Callable[[], Renewer], interval: float) -> None:
         renewer: Renewer | None = None
-        while not self._stop.wait(interval * (0.8 + 0.2 * draw())):
+        while self.needed.wait() and not self._stop.wait(interval * (0.8 + 0.2 * draw())):
             held = list(self.settler.held)  # one step of C code, so the loop cannot change the set meanwhile
             if not held:
+                self.needed.clear()
+                if self.settler.held or self._stop.is_set():  # since just now
+                    self.needed.set()
                 continue
             try:
                 if renewer is None:

@@ -109,8 +109,9 @@ class AsyncProcessors(Endings):
     """Up to `concurrency` tasks over one deque.
 
     There is no task and no future per message: a processor takes message after message, lets the loop turn after a run
-    of them, and sleeps when there are none. Tasks start when there is work for one more. Whoever wakes and sees that
-    more is waiting wakes one other, so that a burst spreads without waking all.
+    of them, and sleeps when there are none. Tasks start when there is work for one more. A processor that comes to wait
+    in a handler while more is there has one other woken, so that a burst spreads; where handlers never wait, one
+    processor runs them all, and the others sleep on.
     """
 
     def __init__(self, spec: PipelineSpec, settler: PipelineSettler, batchers: Batchers, failures: Failures) -> None:
@@ -119,6 +120,8 @@ class AsyncProcessors(Endings):
         self._handle: Handler = spec.handle  # looked up for each message: listeners come and go
         self._span_of_run: Callable[[str], Span] | None = None
         self._in_run = 0  # processors within a run
+        self._spreading = False  # `_spread` is about to be called
+        self._noted = (0, 0)  # what the occupancy was told last
         self._abandoned: set[Slot] = set()  # until their handlers end, if ever
         self._closed = False
         self._ready: deque[Message[Any]] = deque()
@@ -186,6 +189,12 @@ class AsyncProcessors(Endings):
         if len(self._slots) < self.spec.concurrency:
             self._start()
 
+    def _spread(self) -> None:
+        """Wake one more when the processor that began a run waits in a handler, and has not ended the run."""
+        self._spreading = False
+        if self._ready and self._in_run:
+            self._wake_one()
+
     def _start(self) -> None:
         slot = Slot()
         self._slots.add(slot)
@@ -226,7 +235,9 @@ class AsyncProcessors(Endings):
     def _note_occupancy(self, *, falling_asleep: bool = False) -> None:
         """Idle are the processors that sleep, or are about to, and those that were not needed yet."""
         idle = self.spec.concurrency - len(self._slots) + len(self._sleepers) + falling_asleep
-        self.settler.occupancy.processing(self._loop.time(), self._in_run, idle)
+        if self._noted != (self._in_run, idle):
+            self._noted = (self._in_run, idle)
+            self.settler.occupancy.processing(self._loop.time(), self._in_run, idle)
 
     async def _sleep(self) -> None:
         sleeper = self._loop.create_future()
@@ -243,7 +254,7 @@ class AsyncProcessors(Endings):
         ready, settler, decode = self._ready, self.settler, self.spec.decode
         add_to_batch, batch_changed = self.batchers.adder(), self.batchers.changed
         forming, nearly_full = self.batchers.plain()
-        finished = self.on_finished
+        finished, call_soon = self.on_finished, self._loop.call_soon
         run = RUN  # so that the first turn looks round
         while True:
             if run >= RUN or not ready:
@@ -256,8 +267,9 @@ class AsyncProcessors(Endings):
                 else:
                     await asyncio.sleep(0)
                 run = 0
-                if len(ready) > 1:
-                    self._wake_one()
+                if len(ready) > 1 and not self._spreading:
+                    self._spreading = True
+                    call_soon(self._spread)
                 if not ready:
                     continue
                 self._run_started(slot)

@@ -142,10 +142,9 @@ class PipelineSettler:
         if refused and (rejected := _rejected(refused)):
             self._keep([Settlement(message, "ack") for message in batch if id(message) in rejected], refused)
             batch = [message for message in batch if id(message) not in rejected]
-        self.held.difference_update(batch)
+        self._ended(batch, refused)
         if Settled in self.telemetry.attached and (taken := len(batch) - sum(one.kind == "lost" for one in refused)):
             self.telemetry.emit(Settled(consumer=self.spec.name, outcome="ack", count=taken))
-        self._ended(batch, refused)
 
     def settle(self, settlement: Settlement) -> None:
         """End a delivery in another way than a plain ack. Ignored when the message is settled already."""

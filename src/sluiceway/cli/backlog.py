@@ -9,13 +9,12 @@ import msgspec
 from msgspec import Struct
 
 from ..app import App
-from ..assembly import window_bounds
 from ..consumer import ConsumerDef
 from ..errors import OptionError
 from ..source import Backlog, Subscription
 from .exits import GAVE_UP, Fault
 from .find import app_once, check_shared, find_app, wanted
-from .topology import group_of
+from .groups import missing, subscription_of
 from .words import duration, heading, many
 
 EPILOG = """\b
@@ -103,24 +102,16 @@ async def _ask(app: App, definitions: list[ConsumerDef]) -> list[Row]:
 
 
 async def _row(app: App, definition: ConsumerDef) -> Row:
-    group = group_of(app, definition)
-    subscription = Subscription(
-        topics=definition.topics,
-        group=group,
-        window=window_bounds(definition, definition.batchings())[1],
-        start=definition.value("start"),
-        order_by=definition.value("order_by"),
-    )
+    subscription = subscription_of(app, definition)
     found: Backlog | None = None
     why = "this broker cannot say"
     if app.transport.features.backlog:
-        findings = await app.transport.ensure([subscription], create=False)
-        missing = [one.text for one in findings if one.level == "error"]
-        if missing:  # opening a source would make it, and decide where it begins
-            why = f"{missing[0].partition(';')[0]}; the first run makes what is missing"
+        absent = await missing(app, subscription)
+        if absent:  # opening a source would make it, and decide where it begins
+            why = f"{absent[0].partition(';')[0]}; the first run makes what is missing"
         else:
             found = await _backlog(app, definition.name, subscription)
-    row = Row(consumer=definition.name, topics=definition.topics, group=group, why=why)
+    row = Row(consumer=definition.name, topics=definition.topics, group=subscription.group, why=why)
     if found is None:
         return row
     seconds = None if found.seconds is None else round(found.seconds, 3)

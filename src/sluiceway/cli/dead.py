@@ -20,6 +20,7 @@ from .words import hint
 
 MOST_MESSAGES = 200  # of one publish and remove
 MOST_BYTES = 4 * 1024 * 1024
+LATEST = 253_402_300_800.0  # the year 10,000, in seconds since 1970: no later time can be written down
 
 
 class Letter(Struct, frozen=True):
@@ -34,12 +35,12 @@ class Letter(Struct, frozen=True):
     @property
     def failed_at(self) -> float:
         """When it failed, seconds since 1970."""
-        return _number(self.why("failed-at"), self.stored.timestamp)
+        return _time(self.why("failed-at"), self.stored.timestamp)
 
     @property
     def published_at(self) -> float:
         """When its message was published, seconds since 1970."""
-        return _number(self.why("published-at"), self.stored.timestamp)
+        return _time(self.why("published-at"), self.stored.timestamp)
 
     @property
     def attempts(self) -> int | None:
@@ -256,8 +257,9 @@ async def replay(app: App, batch: Sequence[Letter], to: str | None) -> tuple[int
     return len(ways), len(batch) - len(ways)
 
 
-def _number(text: str, otherwise: float) -> float:
+def _time(text: str, otherwise: float) -> float:
     try:
-        return float(text)
+        said = float(text)
     except ValueError:
         return otherwise
+    return said if 0 <= said < LATEST else otherwise

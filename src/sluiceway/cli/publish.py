@@ -23,6 +23,7 @@ from ..errors import PublishError
 from ..message import Outgoing, make_outgoing
 from .exits import GAVE_UP, Fault
 from .find import find_broker, is_private
+from .groups import make_groups_of
 from .progress import Bar
 from .words import hint, many
 
@@ -37,6 +38,8 @@ Examples:
 \b
 Which broker: --url, else SLUICEWAY_URL, else that of --app, SLUICEWAY_APP, the
 app in pyproject.toml or in this folder, else sqlite:///sluiceway.db here.
+RabbitMQ keeps nothing for a consumer that never ran; for those of that app, the
+queues are made first, so that the messages wait for them as elsewhere.
 
 \b
 Exit codes: 0 all is published, 1 the broker refused messages, 2 wrong use or a
@@ -160,7 +163,7 @@ class Publisher:
         except (Fault, PublishError) as error:
             before = self._said("published before that, and nothing after")
             code = error.code if isinstance(error, Fault) else GAVE_UP
-            raise Fault(f"{error}\n{before}", code) from None
+            raise Fault(f"{error}\n{before}{self._without_app(error)}", code) from None
         except BaseException:
             if self.count:
                 click.echo(self._said("published, perhaps a batch more"), err=True)
@@ -169,6 +172,7 @@ class Publisher:
 
     async def _publish(self, batches: AsyncIterator[Batched], size: int | None) -> None:
         async with self._app:
+            await make_groups_of(self._app, self._making.topic)
             with Bar(size) as bar:
                 async for batch in batches:
                     await self._send(batch.messages)
@@ -193,6 +197,12 @@ class Publisher:
         if self._as_json:
             lines = [msgspec.json.encode({"id": one.id, "topic": one.topic, "key": one.key}) for one in messages]
             click.echo(b"".join(line + b"\n" for line in lines), nl=False)
+
+    def _without_app(self, error: Fault | PublishError) -> str:
+        """What else to do where the broker keeps nothing for consumers that never ran, and none are known here."""
+        if isinstance(error, Fault) or self._app.consumers or self._app.transport.features.retains:
+            return ""
+        return "\nif its consumers never ran, name its app with --app: what they need at the broker is made first"
 
     def _said(self, what: str) -> str:
         return f"{many(self.count, 'message')} {what}: {self._making.topic} on {self._app.broker}"

@@ -69,7 +69,7 @@ class Server:
         loop.set_default_executor(threads)
         self._task = asyncio.current_task()
         self._watch_parent(loop)
-        with self._signals(loop):
+        with signals_to(self._on_signal):
             code = await self._outcome()
             if self._hurried is not None:
                 code = 128 + self._hurried
@@ -230,16 +230,6 @@ class Server:
 
     # -- being told ----------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _signals(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-        for one in SIGNALS:
-            loop.add_signal_handler(one, self._on_signal, one)
-        try:
-            yield
-        finally:
-            for one in SIGNALS:
-                loop.remove_signal_handler(one)
-
     def _on_signal(self, number: int) -> None:
         if is_echo(number, self._signals_now):
             return
@@ -272,6 +262,19 @@ class Server:
         log.warning("the parent process is gone: draining")
         self._asked = self._asked or signal.SIGTERM
         self._end()
+
+
+@contextlib.contextmanager
+def signals_to(handler: Callable[[int], None]) -> Iterator[None]:
+    """What asks to end goes to `handler`, in the running loop."""
+    loop = asyncio.get_running_loop()
+    for one in SIGNALS:
+        loop.add_signal_handler(one, handler, one)
+    try:
+        yield
+    finally:
+        for one in SIGNALS:
+            loop.remove_signal_handler(one)
 
 
 def is_echo(number: int, heard: set[int]) -> bool:

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
@@ -21,7 +21,7 @@ from .events import ConsumerStatus, Event, Started, Status, Stopped, WorkerChang
 from .exits import GAVE_UP, NO_READER, OK, USAGE, forget_stdout
 from .lifeline import VARIABLE
 from .screen import Screen
-from .serve import CLOSING, SIGNALS, is_echo
+from .serve import CLOSING, is_echo, signals_to
 
 log = logging.getLogger("sluiceway.workers")
 
@@ -131,7 +131,7 @@ class Workers:
 
     async def run(self) -> int:
         """Run until every worker has ended; returns the exit code."""
-        with self._signals():
+        with signals_to(self._on_signal):
             status = asyncio.create_task(self._show_status())
             reaper = asyncio.create_task(self._kill_what_hangs())
             try:
@@ -252,17 +252,6 @@ class Workers:
         self._asked = signal.SIGTERM
 
     # -- all of them ---------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for one in SIGNALS:
-            loop.add_signal_handler(one, self._on_signal, one)
-        try:
-            yield
-        finally:
-            for one in SIGNALS:
-                loop.remove_signal_handler(one)
 
     def _on_signal(self, number: int) -> None:
         if is_echo(number, self._signals_now):

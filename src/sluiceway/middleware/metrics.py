@@ -26,7 +26,7 @@ except ImportError as error:
 BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 LABELS = ("consumer", "group")
-MOST_RECENT = 1_000
+EVERY = 0.02  # seconds
 
 GAUGES = {
     "held": "Messages received and not settled.",
@@ -136,9 +136,10 @@ class _Calls:
     The seconds of good calls are only noted and put into their buckets many at a time: half the price per message.
     """
 
-    __slots__ = ("_bounds", "_lock", "counts", "ends", "recent", "seconds")
+    __slots__ = ("_bounds", "_lock", "counts", "due", "ends", "recent", "seconds")
 
     def __init__(self, bounds: Sequence[float]) -> None:
+        self.due = 0.0  # on the handlers' clock: when these are sorted next
         self.recent: list[float] = []  # seconds of calls that are in no bucket yet
         self.counts = [0] * (len(bounds) + 1)  # by bucket
         self.seconds = 0.0
@@ -192,7 +193,7 @@ class _Measured:
 
     def around(self, call_next: Handler) -> Handler:
         calls, bounds = self._calls, self._bounds
-        recent, note, clock = calls.recent, calls.recent.append, perf_counter
+        note, clock = calls.recent.append, perf_counter
 
         async def measured(message: Message[Any]) -> Any:
             started = clock()
@@ -204,8 +205,10 @@ class _Measured:
             if message.error is not None:
                 calls.ended(bounds, clock() - started, message.error)
             else:
-                note(clock() - started)
-                if len(recent) >= MOST_RECENT:
+                ended = clock()
+                note(ended - started)
+                if ended > calls.due:
+                    calls.due = ended + EVERY
                     calls.sort()
             return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...address import split_url
 from ...errors import OptionError
 from .store import Claim
 
@@ -50,6 +51,8 @@ class RedisStore:
     def __init__(self, redis: str | Redis = "redis://localhost", *, prefix: str = "sluiceway:idempotency:") -> None:
         if not (isinstance(redis, str) or callable(getattr(redis, "register_script", None))):
             raise OptionError(f"RedisStore: redis must be a URL or a redis.asyncio.Redis; got {redis!r}")
+        if isinstance(redis, str):
+            split_url(redis)  # what the client says of a wrong one may have its password
         self._own = isinstance(redis, str)
         client: Any = Redis.from_url(redis) if isinstance(redis, str) else redis
         self._client = client

@@ -34,6 +34,7 @@ class Broker:
     - `topics`: how many topics the test of many topics uses.
     - `tells_age`: `backlog` says how long the oldest message has waited; else its `seconds` are None while one waits.
     - `tells_delayed`: `backlog` counts what waits for its delay.
+    - `pushes_ahead`: with `order_by` a process has in hand what its source was not asked for, and is suspected with it.
     """
 
     name: str = ""
@@ -47,6 +48,7 @@ class Broker:
     topics: int = 10_000
     tells_age: bool = True
     tells_delayed: bool = True
+    pushes_ahead: bool = False
 
     def client(self) -> Transport:
         """A transport of its own to this broker, not connected yet."""

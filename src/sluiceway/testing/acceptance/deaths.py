@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from ...message import Outgoing, Settlement
+from ...source import Source
 from .guarantees import guarantee
 from .kit import Kit, bodies, numbered
 
@@ -148,6 +149,15 @@ async def test_a_renewal_says_which_leases_are_lost(kit: Kit) -> None:
 # -- the death of a process --------------------------------------------------------------------------------------
 
 
+async def after_deaths(kit: Kit, deaths: int = 1) -> Source:
+    """A source of a topic with one message, which processes have died with in hand."""
+    await kit.make("t")
+    await kit.publish("t", b"a")
+    for _ in range(deaths):
+        await kit.broker.die_holding("t", "g", 1)
+    return await kit.open("t")
+
+
 @guarantee("G6", "G7")
 async def test_what_a_dead_process_held_comes_back_as_suspects_and_nothing_else_does(kit: Kit) -> None:
     await kit.make("t")
@@ -161,10 +171,7 @@ async def test_what_a_dead_process_held_comes_back_as_suspects_and_nothing_else_
 
 @guarantee("G7")
 async def test_a_suspicion_written_counts_as_an_attempt_and_ends_with_a_retry(kit: Kit) -> None:
-    await kit.make("t")
-    await kit.publish("t", b"a")
-    await kit.broker.die_holding("t", "g", 1)
-    source = await kit.open("t")
+    source = await after_deaths(kit)
     message = await kit.one(source)
     assert (message.attempt, message.suspect) == (1, True)
     assert await source.suspect(message)
@@ -177,10 +184,7 @@ async def test_a_suspicion_written_counts_as_an_attempt_and_ends_with_a_retry(ki
 @pytest.mark.parametrize("counted", [True, False])
 @guarantee("G7")
 async def test_a_suspect_whose_handler_ended_is_no_suspect_any_more(kit: Kit, counted: bool) -> None:
-    await kit.make("t")
-    await kit.publish("t", b"a")
-    await kit.broker.die_holding("t", "g", 1)
-    source = await kit.open("t")
+    source = await after_deaths(kit)
     message = await kit.one(source)
     await source.settle([], [Settlement(message, "retry", counted=counted)])
     message = await kit.one(source)
@@ -190,11 +194,7 @@ async def test_a_suspect_whose_handler_ended_is_no_suspect_any_more(kit: Kit, co
 @pytest.mark.parametrize("deaths", [1, 2, 3])
 @guarantee("G7")
 async def test_the_deaths_that_had_a_message_in_hand_are_two_suspicions_at_most(kit: Kit, deaths: int) -> None:
-    await kit.make("t")
-    await kit.publish("t", b"a")
-    for _ in range(deaths):
-        await kit.broker.die_holding("t", "g", 1)
-    source = await kit.open("t")
+    source = await after_deaths(kit, deaths)
     message = await kit.one(source)
     assert (message.attempt, message.deliveries, message.suspect) == (1, 1 + deaths, True)
     assert await source.suspect(message)
@@ -205,10 +205,7 @@ async def test_the_deaths_that_had_a_message_in_hand_are_two_suspicions_at_most(
 
 @guarantee("G7")
 async def test_a_suspicion_is_written_durably(kit: Kit) -> None:
-    await kit.make("t")
-    await kit.publish("t", b"a")
-    await kit.broker.die_holding("t", "g", 1)
-    source = await kit.open("t")
+    source = await after_deaths(kit)
     assert await source.suspect(await kit.one(source))
     await source.aclose()
     message = await kit.one(await kit.open("t"))
@@ -217,10 +214,7 @@ async def test_a_suspicion_is_written_durably(kit: Kit) -> None:
 
 @guarantee("G7", needs="release")
 async def test_a_suspect_that_is_released_is_a_suspect_again(kit: Kit) -> None:
-    await kit.make("t")
-    await kit.publish("t", b"a")
-    await kit.broker.die_holding("t", "g", 1)
-    source = await kit.open("t")
+    source = await after_deaths(kit)
     for _ in range(3):
         message = await kit.one(source)
         assert (message.attempt, message.suspect) == (1, True)
@@ -229,10 +223,7 @@ async def test_a_suspect_that_is_released_is_a_suspect_again(kit: Kit) -> None:
 
 @guarantee("G7", needs=("release", "delay"))
 async def test_a_suspect_that_is_released_for_a_while_keeps_its_suspicions(kit: Kit) -> None:
-    await kit.make("t")
-    await kit.publish("t", b"a")
-    await kit.broker.die_holding("t", "g", 1)
-    source = await kit.open("t")
+    source = await after_deaths(kit)
     assert await source.suspect(await kit.one(source))
     await source.aclose()
     await kit.broker.die_holding("t", "g", 1)

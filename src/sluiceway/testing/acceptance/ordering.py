@@ -133,7 +133,8 @@ async def test_the_death_of_a_process_frees_its_keys_in_order(kit: Kit) -> None:
     await kit.broker.expire(source)
     again = await kit.get(await kit.open("t", order_by="key"), 4)
     assert bodies(again) == numbered(4)
-    assert [one.suspect for one in again] == [True, True, False, False]
+    assert all(one.suspect for one in again[:2])
+    assert kit.broker.pushes_ahead or not any(one.suspect for one in again[2:])
     assert len(await source.settle(held, [])) == 2
 
 

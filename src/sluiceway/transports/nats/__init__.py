@@ -13,6 +13,7 @@ consumers.py    groups and their durable consumers
 headers.py      headers, ack subjects, what a note says
 renewer.py      leases, and what renews them from a thread
 connection.py   the connection: many questions in one write, reconnects
+answers.py      what the server says to them; why not, and what to change
 wire.py         what is private of nats-py
 settings.py     options, URLs, TLS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import random
 import ssl
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from nats.errors import AuthorizationError
 
 from ..._decisions.backoff import reconnect_delay
 from ...errors import ConnectError, TransportError
+from .answers import Unanswered, read_answer
 from .settings import Settings
 from .wire import Frame, WireClient, on_end
 
@@ -27,28 +29,19 @@ Request = tuple[str, bytes, bytes]
 """Subject, header block (empty for none) and body."""
 
 
-class Unanswered(TransportError):
-    """The connection broke, or the server kept silent. `answers` has None where none came."""
-
-    def __init__(self, text: str, answers: list[Frame | None]) -> None:
-        super().__init__(text)
-        self.answers = answers
-
-
-class ApiError(TransportError):
-    """JetStream said no: `code` as in HTTP, `number` is its own."""
-
-    def __init__(self, what: str, error: dict[str, Any]) -> None:
-        self.code, self.number = int(error.get("code", 500)), int(error.get("err_code", 0))
-        super().__init__(f"{what}: {error.get('description', 'no reason given')} (error {self.number or self.code})")
-
-
 class _Call:
     def __init__(self, first: int, count: int) -> None:
         self.first = first
         self.answers: list[Frame | None] = [None] * count
         self.missing = count
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def give_up(self, why: str) -> None:
+        if not self.done.done():
+            self.done.set_exception(Unanswered(why, self.answers))
+
+    def time_out(self, seconds: float) -> None:
+        self.give_up(f"NATS did not answer {self.missing} of {len(self.answers)} requests in {seconds:g} s")
 
 
 class Connection:
@@ -67,6 +60,7 @@ class Connection:
         self._calls: dict[int, _Call] = {}
         self._asked = 0
         self._keeper: asyncio.Task[None] | None = None
+        self._phase = random.random()  # so that not all processes look at the same moment
 
     async def open(self) -> None:
         """Connect. Raises ConnectError that says what to do."""
@@ -87,6 +81,12 @@ class Connection:
                 raise TransportError(
                     f"there is no connection to NATS at {self.settings.where()}: {self.error}"
                 ) from None
+
+    def whole(self, seconds: float) -> float:
+        """So many seconds or a little more: they end with a full second of this connection. What its sources wait for
+        ends together then, and an app with many that are idle wakes once a second, not once for each of them."""
+        now = asyncio.get_running_loop().time() + self._phase
+        return math.ceil(now + seconds) - now
 
     def write(self, data: bytes) -> None:
         """Send, if the connection is up."""
@@ -133,21 +133,20 @@ class Connection:
             else:
                 lines.append(f"PUB {subject} {self.inbox}.r.{number} {len(body)}\r\n".encode())
             lines.append(header + body + b"\r\n")
+        timer = asyncio.get_running_loop().call_later(timeout, call.time_out, timeout)
         try:
             self.write(b"".join(lines))
-            await asyncio.wait_for(call.done, timeout)
-        except TimeoutError:
-            text = f"NATS did not answer {call.missing} of {len(requests)} requests in {timeout:g} s"
-            raise Unanswered(text, call.answers) from None
+            await call.done  # asyncio.wait_for would take one more turn of the loop
         finally:
+            timer.cancel()
             for number in range(call.first, call.first + len(requests)):
                 self._calls.pop(number, None)
         return call.answers
 
-    async def api(self, subject: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One question to the JetStream API. Raises ApiError."""
+    async def api(self, subject: str, body: dict[str, Any] | None = None, what: str | None = None) -> dict[str, Any]:
+        """One question to the JetStream API. Raises ApiError, which says `what` was asked for."""
         (answer,) = await self.ask([(f"$JS.API.{subject}", b"", json.dumps(body or {}).encode())])
-        return read_answer(answer, subject)
+        return read_answer(answer, what or subject)
 
     # -- coming and going
 
@@ -221,8 +220,7 @@ class Connection:
             self._down.set()
             self.error = why
             for call in {id(call): call for call in self._calls.values()}.values():
-                if not call.done.done():
-                    call.done.set_exception(Unanswered(f"the connection to NATS was lost: {why}", call.answers))
+                call.give_up(f"the connection to NATS was lost: {why}")
             self._tell()
 
     def _tell(self) -> None:
@@ -283,18 +281,3 @@ async def _abandon(client: WireClient) -> None:
         await asyncio.wait_for(client.close(), 2)
     except Exception as error:
         log.debug("nats: closing the connection: %s %s", type(error).__name__, error)
-
-
-def status(frame: Frame) -> int:
-    """The status of an answer that is no message, such as 503 (nobody listens), else 0."""
-    return int(frame[2][9:12]) if frame[2][:9] == b"NATS/1.0 " else 0
-
-
-def read_answer(frame: Frame, what: str) -> dict[str, Any]:
-    """The JSON of an answer. Raises ApiError for one that says no."""
-    if status(frame):
-        raise ApiError(what, {"code": status(frame), "description": "nobody answers: no such stream or consumer"})
-    answer: dict[str, Any] = json.loads(frame[3])
-    if "error" in answer:
-        raise ApiError(what, answer["error"])
-    return answer

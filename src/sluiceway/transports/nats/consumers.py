@@ -16,7 +16,8 @@ from ..._decisions.subjects import covers
 from ..._decisions.topics import best_match, matches
 from ...source import Start
 from ...transport import Finding
-from .connection import ApiError, Connection
+from .answers import ApiError
+from .connection import Connection
 from .headers import read_headers, stored_at
 from .streams import NO_STREAM, NOTE, NOTES
 
@@ -115,38 +116,15 @@ class Consumers:
         stream_info = await self._connection.api(f"STREAM.INFO.{stream}")
         info = await self.find(stream, name)
         findings = []
-        subjects = stream_info["config"].get("subjects") or []
-        wanted: dict[str, Any] = {
-            "durable_name": name,
-            "ack_policy": "explicit",
-            "ack_wait": int(self._settings.lease * 1e9),
-            "max_deliver": -1,
-            "max_ack_pending": -1,
-            "max_waiting": 512,
-            "replay_policy": "instant",
-            "deliver_policy": "all",
-        }
-        if any(covers(one, subject) for one in subjects):  # else the server refuses the filter, and we filter
-            wanted["filter_subject"] = subject
+        wanted = self._config(name, subject, stream_info)
         if info is None:
             said: dict[str, Any] = {"sluiceway": 1, "group": group, "topic": topic, "start": 1}
-            first = 1
-            if before is not None:
-                first = before.floor + 1 if before.born == stream_info["created"] else 1
-            elif start == "latest":
-                first = stream_info["state"]["last_seq"] + 1
-            elif start == "earliest":
-                others = (await self.siblings(stream, group)).values()
-                floors = [one.floor for one in others if one.topic != topic and matches(one.topic, topic)]
-                first = 1 + min(floors, default=0)
             if isinstance(start, datetime) and before is None:
-                wanted["deliver_policy"] = "by_start_time"
-                wanted["opt_start_time"] = start.astimezone(UTC).isoformat()
                 said["since"] = start.timestamp()
-            elif first > 1:
+                wanted |= {"deliver_policy": "by_start_time", "opt_start_time": start.astimezone(UTC).isoformat()}
+            elif (first := await self._first(stream_info, group, topic, start, before)) > 1:
                 said["start"] = first
-                wanted["deliver_policy"] = "by_start_sequence"
-                wanted["opt_start_seq"] = first
+                wanted |= {"deliver_policy": "by_start_sequence", "opt_start_seq": first}
             wanted["description"] = json.dumps(said)
             if before is None or before.born != stream_info["created"]:  # notes of another stream of this name
                 filter_ = f"{NOTE}{stream}.{name}.*"
@@ -165,9 +143,40 @@ class Consumers:
             consumer.noted = stream_info["state"]["last_seq"]  # its notes are older than itself
         return consumer, findings
 
+    def _config(self, name: str, subject: str, stream_info: dict[str, Any]) -> dict[str, Any]:
+        """How a consumer must be, wherever it begins."""
+        wanted: dict[str, Any] = {
+            "durable_name": name,
+            "ack_policy": "explicit",
+            "ack_wait": int(self._settings.lease * 1e9),
+            "max_deliver": -1,
+            "max_ack_pending": -1,
+            "max_waiting": 512,
+            "replay_policy": "instant",
+            "deliver_policy": "all",
+        }
+        subjects = stream_info["config"].get("subjects") or []
+        if any(covers(one, subject) for one in subjects):  # else the server refuses the filter, and we filter
+            wanted["filter_subject"] = subject
+        return wanted
+
+    async def _first(
+        self, stream_info: dict[str, Any], group: str, topic: str, start: Start, before: Consumer | None
+    ) -> int:
+        """The first message of the stream that a new consumer gets: of what another of the group has settled, none."""
+        if before is not None:
+            return before.floor + 1 if before.born == stream_info["created"] else 1
+        if start == "latest":
+            last: int = stream_info["state"]["last_seq"]
+            return last + 1
+        others = (await self.siblings(stream_info["config"]["name"], group)).values()
+        floors = [one.floor for one in others if one.topic != topic and matches(one.topic, topic)]
+        return 1 + min(floors, default=0)
+
     async def _save(self, stream: str, config: dict[str, Any]) -> dict[str, Any]:
-        body = {"stream_name": stream, "config": config}
-        return await self._connection.api(f"CONSUMER.DURABLE.CREATE.{stream}.{config['durable_name']}", body)
+        name, body = config["durable_name"], {"stream_name": stream, "config": config}
+        what = f"cannot make consumer {name!r} of {config.get('filter_subject', '>')!r} on stream {stream!r}"
+        return await self._connection.api(f"CONSUMER.DURABLE.CREATE.{stream}.{name}", body, what)
 
 
 _WATCHED = ("ack_policy", "max_deliver", "max_ack_pending", "ack_wait", "filter_subject")

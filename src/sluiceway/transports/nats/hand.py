@@ -13,7 +13,8 @@ import msgspec
 from ..._decisions.suspicion import suspicions_now
 from ...errors import PayloadTooLarge, TransportError
 from ...message import Message, Refused, Settlement
-from .connection import Connection, Request, Unanswered, status
+from .answers import Unanswered, status
+from .connection import Connection, Request
 from .consumers import Consumer, Consumers
 from .headers import Delivery, Note, path_of, read_delivery
 from .notes import note_subject
@@ -126,8 +127,10 @@ class Hand:
             else:
                 failures, suspicions = message.failures, message.suspicions
                 released = delivery.count - message.deliveries + 1
-            due = now + delay if delay > 0 and one.outcome != "park" else 0.0
-            notes.append(self._note(message, delivery, Note(failures, suspicions, released, due)))
+            note = Note(failures, suspicions, released)
+            if delay > 0 and one.outcome != "park":
+                note.due, note.delay = now + delay, delay
+            notes.append(self._note(message, delivery, note))
             body = b'-NAK {"delay": %d}' % int(delay * 1e9) if delay > 0 else b"-NAK"
             naks.append((delivery.seq, message.token, body))
             if self.order is not None:

@@ -1,12 +1,15 @@
 """What goes over the wire beside a body, and what a delivery says of itself.
 
 Headers are the envelope's. One that NATS cannot carry as it is (a line break, an odd name) goes into
-`sluiceway-odd`, as JSON. `sluiceway-due` is when a delayed message may be handled, in seconds since 1970.
+`sluiceway-odd`, as JSON. `sluiceway-due` is when a delayed message may be handled, in seconds since 1970, and
+`sluiceway-delay` for how many seconds it was delayed: clocks of two machines may differ by hours, and nobody waits for
+longer than that.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from datetime import datetime
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from ...message import NO_HEADERS, Outgoing
 
 ODD = "sluiceway-odd"
 DUE = "sluiceway-due"
+DELAY = "sluiceway-delay"
 
 _VISIBLE = re.compile(r"[!-~]+").fullmatch
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -59,10 +63,12 @@ def place_of(reply: bytes) -> tuple[str, int]:
     return words[at].decode(), int(words[at + 3])
 
 
-def write_headers(message: Outgoing, *, due: float | None = None, dedupe: str | None = None) -> bytes:
-    """The header block of a message. Within the stream's window a `dedupe` is stored once."""
+def write_headers(message: Outgoing, *, now: float = 0.0, dedupe: str | None = None) -> bytes:
+    """The header block of a message; a delayed one is due that long after `now`. Within the stream's window a `dedupe`
+    is stored once."""
     key = message.key
-    more = message.group is not None or due is not None or dedupe is not None or message.headers
+    delayed = message.delay > 0
+    more = message.group is not None or delayed or dedupe is not None or message.headers
     if not more and _VISIBLE(message.id) and (key is None or _VISIBLE(key)):  # what nearly all are
         line = "" if key is None else f"{KEY}: {key}\r\n"
         time = repr(message.timestamp)
@@ -71,9 +77,9 @@ def write_headers(message: Outgoing, *, due: float | None = None, dedupe: str | 
     odd: dict[str, str] = {}
     for name, value in seal(message).items():
         fits = value.isascii() and value.isprintable() and value == value.strip() and _NAME.fullmatch(name)
-        (plain if fits and name not in (ODD, DUE) else odd)[name] = value
-    if due is not None:
-        plain[DUE] = repr(due)
+        (plain if fits and name not in (ODD, DUE, DELAY) else odd)[name] = value
+    if delayed:
+        plain[DUE], plain[DELAY] = repr(now + message.delay), repr(message.delay)
     if dedupe is not None:
         plain["Nats-Msg-Id"] = dedupe
     if odd:
@@ -82,10 +88,12 @@ def write_headers(message: Outgoing, *, due: float | None = None, dedupe: str | 
 
 
 class Read(NamedTuple):
-    """The headers of a message that came in. `stranger`: the id that another client gave it."""
+    """The headers of a message that came in. `due`: when it may be handled, 0.0 at once; `delay`: for how many
+    seconds it was delayed, 0.0 where nobody said. `stranger`: the id that another client gave it."""
 
     envelope: Envelope
     due: float
+    delay: float
     stranger: str | None
 
 
@@ -94,22 +102,23 @@ def read_headers(block: bytes) -> Read:
     ours = _OURS(block)
     if ours is not None:
         key = ours[3]
-        return Read(Envelope(ours[1].decode(), key.decode() if key else None, float(ours[2])), 0.0, None)
+        return Read(Envelope(ours[1].decode(), key.decode() if key else None, float(ours[2])), 0.0, 0.0, None)
     if not block:
-        return Read(_NOTHING, 0.0, None)
+        return Read(_NOTHING, 0.0, 0.0, None)
     headers: dict[str, str] = {}
     for line in block.decode("utf-8", "surrogateescape").split("\r\n")[1:]:
         name, colon, value = line.partition(":")
         if colon:
             headers[name.strip()] = value.strip()
-    due, odd, stranger = headers.pop(DUE, ""), headers.pop(ODD, ""), headers.get("Nats-Msg-Id")
+    due, delay = _seconds(headers.pop(DUE, "")), _seconds(headers.pop(DELAY, ""))
+    odd, stranger = headers.pop(ODD, ""), headers.get("Nats-Msg-Id")
     headers = {name: value for name, value in headers.items() if not name.startswith("Nats-")}
     if odd:
         try:
             headers.update((str(name), str(value)) for name, value in json.loads(odd).items())
         except (ValueError, AttributeError):
             headers[ODD] = odd
-    return Read(unseal(headers), _seconds(due), stranger)
+    return Read(unseal(headers), due, delay, stranger)
 
 
 _NOTHING = Envelope(None, None, None, headers=NO_HEADERS)
@@ -130,10 +139,21 @@ def _seconds(text: str) -> float:
 
 class Note(Struct, omit_defaults=True):
     """What is written down of a message that went back. `released`: hand-overs that count nothing; `due`: when it may
-    be handled; `key`: its key, where the source keeps order."""
+    be handled, by the clock of who sent it back; `delay`: how long it was to wait; `key`: its key, where the source
+    keeps order."""
 
     failures: int = 0
     suspicions: int = 0
     released: int = 0
     due: float = 0.0
+    delay: float = 0.0
     key: bytes | None = None
+
+    def left(self, now: float) -> float:
+        """Seconds that it must wait."""
+        return left(self.due, self.delay, now)
+
+
+def left(due: float, delay: float, now: float) -> float:
+    """Seconds until `due`. At most `delay`, where that is known: the clock that `due` is by may be ahead of ours."""
+    return max(0.0, min(due - now, delay or math.inf))

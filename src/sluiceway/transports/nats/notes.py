@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from .connection import ApiError, Connection, read_answer
+from .answers import ApiError, read_answer
+from .connection import Connection
 from .headers import Note
 from .streams import NOTE, NOTES
 from .wire import Frame

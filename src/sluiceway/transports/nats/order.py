@@ -153,5 +153,5 @@ class Order:
             for seq, note in zip(seqs, notes, strict=True):
                 if note is not None and note.key is not None:
                     key = note.key.decode("utf-8", "surrogateescape")
-                    self._away.expect((consumer.stream, key), seq, now + max(0.0, note.due - wall))
+                    self._away.expect((consumer.stream, key), seq, now + note.left(wall))
         return count

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from ..._decisions.topics import check_topic
 from ...errors import PayloadTooLarge, PublishError, TransportError
 from ...message import Outgoing
-from .connection import ApiError, Connection, Request, Unanswered, read_answer, status
+from .answers import ApiError, Unanswered, read_answer, status
+from .connection import Connection, Request
 from .headers import write_headers
 from .streams import Streams, subject_of
 from .wire import Frame
@@ -29,8 +30,7 @@ class Publisher:
         large: list[Outgoing] = []
         for number, message in enumerate(messages):
             check_topic(message.topic, pattern=False)
-            due = now + message.delay if message.delay > 0 else None
-            header = write_headers(message, due=due, dedupe=f"{dedupe}.{number}" if dedupe else None)
+            header = write_headers(message, now=now, dedupe=f"{dedupe}.{number}" if dedupe else None)
             if len(message.body) > limit - RESERVE or len(header) + len(message.body) > limit:
                 large.append(message)
             requests.append((subject_of(message.topic), header, message.body))
@@ -92,7 +92,7 @@ def _refusal(frame: Frame) -> str | None:
     if body.startswith(b'{"stream":') and b'"error"' not in body:
         return None
     try:
-        read_answer(frame, "the stream refused it")
+        read_answer(frame, "refused")
     except ApiError as error:
         return str(error)
     except ValueError:

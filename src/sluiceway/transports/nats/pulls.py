@@ -13,7 +13,8 @@ import json
 import time
 from collections.abc import Callable, Sequence
 
-from .connection import Connection, status
+from .answers import status
+from .connection import Connection
 from .consumers import Consumer
 from .headers import read_delivery
 from .wire import Frame
@@ -44,8 +45,9 @@ class Pulls:
         self._consumers: Sequence[Consumer] = ()
         self._turn = 0
         self.beat = BEAT
+        self.moves = 0  # how often messages came, or the server said that somebody else got some
+        self._told: dict[int, bytes] = {}  # how many a consumer has handed out, as its last heartbeat said
         self._heard = 0.0
-        self.reads = 0
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -72,6 +74,7 @@ class Pulls:
             self._consumers, self._single = consumers, len(consumers) == 1
             self._paths = {consumer.path: index for index, consumer in enumerate(consumers)}
             self._dry.clear()
+            self._told.clear()
         self._listen()
         free = demand - sum(self._open.values())
         full = [index for index in range(len(consumers)) if index not in self._open and index not in self._dry]
@@ -96,7 +99,8 @@ class Pulls:
         while self._open and not (self.arrived or self.stopped() or self.trouble or self.silent):
             heard = self._heard
             done = await self._until(
-                lambda: bool(self.arrived or self.stopped() or self.silent or not self._open), 2 * self.beat + 1
+                lambda: bool(self.arrived or self.stopped() or self.silent or not self._open),
+                self._connection.whole(2 * self.beat + 1),
             )
             if not done and self._heard == heard:  # two heartbeats missed
                 self.silent = True
@@ -165,9 +169,9 @@ class Pulls:
 
     def _on_frames(self, frames: list[Frame]) -> None:
         came, self._heard = self._heard, time.monotonic()  # a loop that stood still reads late what came long before
-        self.reads += 1
         messages = [frame for frame in frames if frame[1]]
         if messages:
+            self.moves += 1
             self.arrived.append((came, messages))
             if self._single:
                 self._got(0, len(messages), messages[-1])
@@ -175,11 +179,13 @@ class Pulls:
                 for frame in messages:
                     delivery = read_delivery(frame[1])
                     self._got(self._paths.get(f"{delivery.stream}.{delivery.consumer}", 0), 1, frame)
+        changed = bool(messages)
         if len(messages) < len(frames):
             for frame in frames:
                 if not frame[1]:
-                    self._on_status(frame)
-        self._wake.set()
+                    changed = self._on_status(frame) or changed
+        if changed:
+            self._wake.set()
 
     def _got(self, index: int, count: int, last: Frame) -> None:
         left = self._open.get(index, 0) - count
@@ -190,13 +196,18 @@ class Pulls:
             if read_delivery(last[1]).pending:
                 self._dry.discard(index)
 
-    def _on_status(self, frame: Frame) -> None:
-        code = status(frame)
+    def _on_status(self, frame: Frame) -> bool:
+        """Whether it is more than a heartbeat."""
+        code, index = status(frame), int(frame[0].rpartition(b".")[2])
         if code == 100:
-            return
-        index = int(frame[0].rpartition(b".")[2])
+            told = frame[2].partition(b"Nats-Last-Stream")[0]
+            if told != self._told.get(index):
+                self._told[index] = told
+                self.moves += 1
+            return False
         self._open.pop(index, None)
         self._dry.add(index)
         text = frame[2][13:].partition(b"\r\n")[0].decode(errors="replace")
         if code == 503 or (code == 409 and "eleted" in text):
             self.trouble[index] = text or "no such consumer"
+        return True

@@ -11,7 +11,7 @@ from ...message import Message, Settlement
 from .connection import Connection
 from .consumers import Consumer, belongs
 from .hand import Hand
-from .headers import Delivery, read_delivery, read_headers
+from .headers import Delivery, left, read_delivery, read_headers
 from .notes import note_subject, read_notes
 from .renewer import Token
 from .streams import topic_of
@@ -44,7 +44,7 @@ class Reader:
         """Messages of what came. What is not for us or not due is settled here. When that raises, the same may be read
         again."""
         messages: list[Message[Any]] = []
-        again: list[tuple[Message[Any], Delivery, float]] = []
+        again: list[tuple[Message[Any], Delivery, float]] = []  # with the seconds that it must wait
         skipped: list[Token] = []
         group, held, now = self._group, self._hand.held, time.time()
         fresh = self._hand.leases.fresh()
@@ -52,7 +52,7 @@ class Reader:
             if came < fresh:
                 continue  # nobody asked for so long that others have them
             for subject, reply, block, body in frames:
-                envelope, due, stranger = read_headers(block)
+                envelope, due, delay, stranger = read_headers(block)
                 topic = self._topics.get(subject) or self._name(subject)
                 token = (reply, came)
                 if reply.startswith(self._plain) and envelope.id and envelope.timestamp is not None and due <= now:
@@ -73,7 +73,7 @@ class Reader:
                 held[token] = message
                 messages.append(message)
                 if delivery is not None and (delivery.count > 1 or due > now or delivery.seq <= self._noted_to):
-                    again.append((message, delivery, due))
+                    again.append((message, delivery, left(due, delay, now)))
         if skipped:
             await self._connection.ask([(reply.decode(), b"", b"+ACK") for reply, _ in skipped])
         if again:
@@ -104,16 +104,17 @@ class Reader:
         order = self._hand.order
         subjects = [note_subject(f"{one.stream}.{one.consumer}", one.seq) for _, one, _ in again]
         notes = await read_notes(self._connection, subjects)
-        for (message, delivery, due), note in zip(again, notes, strict=True):
+        for (message, delivery, wait), note in zip(again, notes, strict=True):
             if note is not None:
                 self._hand.noted.add(message.token)
                 message.failures, message.suspicions = note.failures, note.suspicions
-                due = note.due or due
+                if note.due:
+                    wait = note.left(now)
             message.deliveries = max(1, delivery.count - (note.released if note is not None else 0))
             message.suspect = is_suspect(message.deliveries, message.failures, message.suspicions)
-            if due > now:
+            if wait > 0:
                 if order is not None and note is not None:
-                    order.expect(message, due - now)
-                late.append(Settlement(message, "release", delay=due - now))
+                    order.expect(message, wait)
+                late.append(Settlement(message, "release", delay=wait))
         await self._hand.settle((), late)
         return {one.message for one in late}

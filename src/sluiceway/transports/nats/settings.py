@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from msgspec import Struct
 from msgspec.structs import fields
 
-from ...address import TLS, Convert, url_options, without_secrets
+from ...address import TLS, Convert, split_url, url_options, without_secrets
 from ...errors import OptionError
 
 _SECRET = ("password", "token")
@@ -36,6 +36,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_delayed: int = 100_000
 
     def __post_init__(self) -> None:
+        if any("@" in server or "://" in server for server in self.servers):  # not shown: it may have a password
+            raise OptionError("NATSTransport: servers are host:port; for a URL write NATSTransport.from_url(...)")
         for name, allowed, what in (
             ("servers", bool(self.servers) and all(self.servers), "one host or more"),
             ("stream", self.stream and not set(self.stream) & set(">*. /\\\t\r\n"), "a name without any of '>*. /\\'"),
@@ -92,7 +94,7 @@ _URL_OPTIONS: dict[str, Convert] = {
 
 def from_url(url: str) -> dict[str, Any]:
     """The options that a URL says. Raises OptionError, without the URL's secrets, for what is wrong with it."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     secret, _, hosts = parts.netloc.rpartition("@")
     if parts.scheme not in ("nats", "tls") or not hosts or parts.path.strip("/") or parts.fragment:
         raise OptionError(

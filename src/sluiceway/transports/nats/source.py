@@ -109,21 +109,22 @@ class NATSSource:
         self._pulls.trouble.clear()
 
     async def _poll(self) -> None:
-        """Look at the consumers now and then: how far they are, and for patterns, who else is there."""
-        seen, rounds = object(), 0
+        """Look at the consumers now and then: how far they are, and for patterns, who else is there. While nobody of
+        the group gets or has anything, they stay where they are."""
+        seen, rounds = -1, 0
         while True:
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(self._connection.whole(POLL - 1))
             rounds += 1
-            heard = (len(self._hand.held), self._pulls.reads)
+            moves = self._pulls.moves
             try:
                 if rounds % SWEEP == 0:
                     for consumer in await self._look():
                         await sweep(self._connection, consumer.path, consumer.floor)
                 if self._patterns and rounds % 6 == 0:
                     await self.resume()
-                elif heard != seen:
+                elif moves != seen or self._hand.held or any(consumer.held for consumer in self._consumers):
                     await self._look()
-                seen = heard
+                seen = moves
             except TransportError as error:
                 log.debug("looking at the consumers of %s: %s", self.subscription.topics, error)
             self._renew_waiting()

@@ -17,7 +17,8 @@ from ..._decisions.subjects import covers, filters_of
 from ..._decisions.topics import is_dead_letter_topic, is_pattern
 from ...errors import TransportError
 from ...transport import Finding
-from .connection import ApiError, Connection
+from .answers import ApiError
+from .connection import Connection
 
 log = logging.getLogger("sluiceway.nats")
 
@@ -110,7 +111,9 @@ class Streams:
                     await self._make(stream, subjects)
                 else:
                     config = {**info["config"], "subjects": subjects}
-                    await self._connection.api(f"STREAM.UPDATE.{stream}", config)
+                    await self._connection.api(
+                        f"STREAM.UPDATE.{stream}", config, f"cannot add a topic to stream {stream!r}"
+                    )
             except ApiError as error:
                 if error.number == _OVERLAP and {"*", ">"} & set(subject.split(".")):
                     wanted = _ANY  # other streams have some of it; what they lack is added when it is published
@@ -142,7 +145,7 @@ class Streams:
             "duplicate_window": 120_000_000_000 if not mine or not self._settings.max_age > 0 else 0,
         }
         try:
-            await self._connection.api(f"STREAM.CREATE.{stream}", config)
+            await self._connection.api(f"STREAM.CREATE.{stream}", config, f"cannot make stream {stream!r}")
         except ApiError:
             if await self.info(stream) is None:
                 raise

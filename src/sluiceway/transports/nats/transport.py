@@ -13,7 +13,8 @@ from ...errors import OptionError, PublishError, TransportError
 from ...message import Outgoing, Stored
 from ...source import Subscription
 from ...transport import Features, Finding
-from .connection import ApiError, Connection
+from .answers import ApiError
+from .connection import Connection
 from .consumers import Consumers
 from .headers import read_headers, stored_at
 from .publishing import RESERVE, Publisher
@@ -185,7 +186,7 @@ def _features(max_payload: int) -> Features:
 
 
 def _stored(topic: str, stream: str, found: dict[str, Any]) -> Stored:
-    envelope, _, stranger = read_headers(base64.b64decode(found.get("hdrs") or ""))
+    envelope, _, _, stranger = read_headers(base64.b64decode(found.get("hdrs") or ""))
     return Stored(
         f"{stream}:{found['seq']}",
         topic,

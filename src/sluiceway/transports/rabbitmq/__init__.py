@@ -2,6 +2,10 @@
 
 transport.py   RabbitMQTransport: connect, publish, browse
 source.py      RabbitMQSource: receive and settle, as the event loop sees them
+arrivals.py    what of the broker's pushes is for a source, and who is suspected
+hand.py        what a source has in hand, and how that is settled
+credit.py      how much the broker may push to a source
+suspects.py    suspects that run alone
 hub.py         what both share: the I/O thread, the outlet, where messages go
 copies.py      what takes the place of a message that goes back to the broker
 inlet.py       the connection of a source: pushes, acks, what is done when it is lost

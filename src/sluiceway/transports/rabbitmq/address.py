@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import pika
 from msgspec import Struct
 
-from ...address import TLS, TLS_OPTIONS, Convert, url_options, yes_or_no
+from ...address import TLS, TLS_OPTIONS, Convert, split_url, url_options, yes_or_no
 from ...errors import OptionError
 
 
@@ -48,7 +48,7 @@ _URL_OPTIONS: dict[str, Convert] = {
 
 def options_of(url: str) -> dict[str, Any]:
     """The options in a URL. Raises OptionError that says what is wrong with one."""
-    return url_options("an amqp URL", urlsplit(url).query, _URL_OPTIONS)
+    return url_options("an amqp URL", split_url(url).query, _URL_OPTIONS)
 
 
 class Address(Struct, frozen=True):
@@ -63,7 +63,7 @@ class Address(Struct, frozen=True):
 
 def address_of(url: str, options: Options) -> Address:
     """Read `amqp://user:password@host:port/vhost`. Raises OptionError, and ConnectError for unreadable TLS files."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     try:
         port, tls = parts.port, parts.scheme == "amqps"
     except ValueError:

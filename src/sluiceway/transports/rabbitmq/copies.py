@@ -11,7 +11,7 @@ from ..._decisions.topics import best_match
 from ...message import Message, Outgoing, Settlement
 from ...source import Subscription
 from .hub import Hub
-from .letters import ALONE, BASE, DUE, TOPIC, Letter, pack
+from .letters import ALONE, BASE, DUE, PLACE, TOPIC, Letter, pack
 
 
 class Copies:
@@ -19,6 +19,7 @@ class Copies:
 
     def __init__(self, hub: Hub, subscription: Subscription) -> None:
         self.alone: dict[int, int] = {}  # by tag, of what was taken from the suspects: its suspicions once it runs
+        self.places: dict[int, int] = {}  # by tag, of messages whose keys are in order
         self._hub = hub
         self._group = subscription.group
         self._topics = subscription.topics
@@ -53,6 +54,8 @@ class Copies:
         delay: float = 0.0,
     ) -> Letter:
         more = {TOPIC: message.topic}
+        if self.places and message.token in self.places:
+            more[PLACE] = str(self.places[message.token])
         if before != failures + suspicions:
             more[BASE] = str(before)
         if alone is not None:

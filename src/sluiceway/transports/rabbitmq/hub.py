@@ -103,10 +103,12 @@ class Hub:
         names = self.names
         groups = dict.fromkeys(one.group for one in subscriptions)
         topics = dict.fromkeys((one.group, topic) for one in subscriptions for topic in one.topics)
+        ordered = {(one.group, topic) for one in subscriptions if one.order_by is not None for topic in one.topics}
         return [
             *names.base(),
             *(one for group in groups for one in names.of_group(group)),
-            *(one for group, topic in topics for one in names.of_topic(group, topic)),
+            *(one for pair in topics for one in names.of_topic(*pair, ordered=pair in ordered)),
+            *(one for pair in ordered for one in names.record(names.queue(*pair))),
             *(one for group, topic in topics for one in names.suspects(names.queue(group, topic))),
         ]
 
@@ -170,6 +172,10 @@ class Hub:
                 queue if not exchange else topic, message.body, pack(message, more), message.delay
             )
         return Letter(exchange, key, message.body, pack(message, more))
+
+    async def have_record(self, queue: str) -> None:
+        """Make the queue where it is written down what of `queue` is away, unless it is there."""
+        await self._have(self.names.record(queue))
 
     async def _have(self, wanted: Sequence[Declared]) -> None:
         if any(one.name not in self.outlet.known for one in wanted):

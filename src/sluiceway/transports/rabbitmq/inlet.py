@@ -138,6 +138,12 @@ class Inlet:
             task.add_done_callback(self._cancels.discard)
             self._consumers = []
 
+    async def leave(self, epoch: int) -> None:
+        """End all pushes, and return when all that came has been handed over."""
+        if epoch == self._epoch and self._channel and self._channel.raw.is_open:
+            consumers, self._consumers = self._consumers, []
+            await self._cancel(epoch, self._channel, consumers)
+
     async def _cancel(self, epoch: int, channel: Channel, consumers: list[str]) -> None:
         """A quorum queue counts what it pushes while a cancel is on its way, and takes it back. So acks, which let it
         push, are held until that is over, and the cancel waits until nothing has come for a moment."""
@@ -194,6 +200,27 @@ class Inlet:
             channel.raw.close()
         return counts
 
+    async def read(self, queue: str) -> list[bytes]:
+        """The bodies in a queue, which stay there; none where there is no such queue."""
+        if self._channel is None:
+            raise TransportError("RabbitMQ is out of reach")
+        channel, bodies = await self.connection.channel_of_its_own(), list[bytes]()
+        try:
+            while (body := await channel.get(queue)) is not None:
+                bodies.append(body)
+        except ChannelClosedByBroker as error:
+            if error.reply_code != 404:
+                raise
+        if channel.raw.is_open:
+            channel.raw.close()
+        return bodies
+
+    def put_back(self, epoch: int, tags: Sequence[int]) -> None:
+        """Hand deliveries back to where they were in their queues; the broker counts that."""
+        if epoch == self._epoch and self._channel and self._channel.raw.is_open:
+            for tag in tags:
+                self._channel.raw.basic_nack(tag, requeue=True)
+
     async def take_suspect(self, index: int) -> None:
         """Take one message of the suspects of queue `index`, if there is one: it has arrived when this returns."""
         if self._channel is None:
@@ -218,6 +245,7 @@ class Inlet:
         self._keeping.cancel()
         for task in self._cancels:
             task.cancel()
+        await asyncio.wait((self._keeping,))
         await self.connection.finish()
 
     def _on_cancel(self, frame: Any) -> None:

@@ -10,6 +10,8 @@ Beside the envelope's:
 | `sluiceway-deliveries` | how often it was handed over before, without releases | failures + suspicions |
 | `sluiceway-alone` | in the queue of suspects: the suspicions that there are once it runs | it is no suspect's copy |
 | `sluiceway-headers` | all headers of the user, as JSON, where AMQP cannot hold them as they are | they are headers |
+| `sluiceway-place` | with `order_by`: where a copy stands among the messages of its key | it is no copy |
+| `sluiceway-probe` | no message, but a question whether all before it in its queue has come | it is a message |
 | `sluiceway-stored` | the place of a dead letter among others, for browsing | its id |
 """
 
@@ -26,12 +28,13 @@ from pika.spec import BasicProperties
 from ..._decisions.suspicion import is_suspect
 from ...envelope import ID, KEY, OWN, TIME, V, seal, unseal
 from ...message import Message, Outgoing, Stored, new_id
-from .topology import RUNG
+from .topology import HIGHEST, RUNG
 from .wire import Delivery
 
 TOPIC, DUE, BASE = "sluiceway-topic", "sluiceway-due", "sluiceway-deliveries"
+PLACE, PROBE = "sluiceway-place", "sluiceway-probe"
 ALONE, JSON, STORED = "sluiceway-alone", "sluiceway-headers", "sluiceway-stored"
-_OURS = frozenset((TOPIC, DUE, BASE, ALONE, JSON, STORED, RUNG))
+_OURS = frozenset((TOPIC, DUE, BASE, ALONE, JSON, STORED, RUNG, PLACE, PROBE))
 _MAX_HEADERS = 64 * 1024  # bytes: the properties of a message must fit in one frame, of 128 KiB
 _NATIVE = ("content_type", "content_encoding", "correlation_id", "reply_to", "expiration", "type", "app_id")
 
@@ -86,12 +89,14 @@ def _size(headers: Mapping[str, str | bytes]) -> int:
 
 
 class Inbound(Struct, gc=False):
-    """A message that came, and what is ours about it. `due`: it must wait on, until then."""
+    """A message that came, and what is ours about it. `due`: it must wait on, until then. `probe`: it is no message."""
 
     message: Message[Any]
     group: str | None = None
     due: float = 0.0
     alone: int | None = None
+    place: int | None = None
+    probe: str | None = None
 
 
 def open_letter(delivery: Delivery, scope: Any, explained: int = 0) -> Inbound:
@@ -129,7 +134,8 @@ def open_letter(delivery: Delivery, scope: Any, explained: int = 0) -> Inbound:
         is_suspect(deliveries, failures, suspicions),
     )
     message.error = envelope.error
-    return Inbound(message, envelope.group, _seconds(text.get(DUE)), alone)
+    place = int(text[PLACE]) if text.get(PLACE, "").isdecimal() and len(text[PLACE]) < 20 else None
+    return Inbound(message, envelope.group, _due(text), alone, place, text.get(PROBE))
 
 
 def open_stored(delivery: Delivery, topic: str) -> Stored:
@@ -169,6 +175,13 @@ def _name(value: Any) -> str:
 
 def _number(text: str | None) -> int:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 10 else 0
+
+
+def _due(text: Mapping[str, str]) -> float:
+    """When it may be handled, by our clock. What has left a rung has less than that rung left to wait, whatever the
+    clock of the machine that sent it said; on the highest it may have more."""
+    due, rung = _seconds(text.get(DUE)), _seconds(text.get(RUNG))
+    return min(due, time.time() + rung) if due and 0 < rung < HIGHEST else due
 
 
 def _seconds(text: str | None) -> float:

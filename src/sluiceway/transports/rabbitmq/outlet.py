@@ -206,6 +206,7 @@ class Outlet:
 
     async def close(self) -> None:
         self._keeping.cancel()
+        await asyncio.wait((self._keeping,))
         connection, self.connection = self.connection, None
         if connection is not None:
             await connection.finish()

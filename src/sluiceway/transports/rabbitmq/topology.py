@@ -8,6 +8,7 @@ default exchange ──▶ queue `sluiceway|orders.group.dead`: dead letters
 headers exchange `sluiceway||delay` ──▶ queue `sluiceway||0.4 s` ──expired──▶ direct exchange `sluiceway||due`
     `sluiceway||due` ──name of a queue──▶ that queue
 queue `sluiceway|group|topic|suspects`: suspects of a queue that run alone
+queue `sluiceway|group|topic|order`: with `order_by`, what of a queue is away
                      ──no such queue──▶ `sluiceway`, by its topic
 ```
 
@@ -18,6 +19,7 @@ its routing key alone. A group is never unbound: its queues keep what comes whil
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,8 +30,16 @@ from ..._decisions.topics import is_dead_letter_topic, is_pattern
 from ...errors import TransportError
 from .wire import Channel, Connection
 
+log = logging.getLogger("sluiceway")
+
+_ONE_AT_A_TIME = "x-single-active-consumer"
+_NO_ORDER = (
+    f"%r was made for order_by ({_ONE_AT_A_TIME}), and is consumed without: one process of its group is handed all "
+    "that it has, and the others wait; to share it, empty it, stop the group's processes and delete it"
+)
 STEP = 0.1  # seconds: the lowest rung, and so what a delay may be late by
-_RUNGS = 24  # the highest is for 9 days; what waits longer goes through it again
+_RUNGS = 24
+HIGHEST = STEP * 2 ** (_RUNGS - 1)  # seconds, about 9 days; what waits longer goes through it again
 _RIPE = 0.5  # seconds; of RabbitMQ 3.10 those that were younger than some milliseconds had no leader ever after
 _NEVER = 1_000_000_000  # deliveries: from 4.0 on a server drops a message at its 20th, unless told otherwise
 
@@ -79,6 +89,10 @@ class Names:
         name = suspects_of(queue)
         return [_queue(name, arguments), Declared("queue_bind", name, {"exchange": self.due, "routing_key": name})]
 
+    def record(self, queue: str) -> list[Declared]:
+        """Where it is written down what of a queue is away, for `order_by`: it keeps the newest message only."""
+        return [_queue(record_of(queue), {"x-queue-type": "quorum", "x-max-length": 1, "x-delivery-limit": _NEVER})]
+
     def base(self) -> list[Declared]:
         """What there is before any group."""
         return [
@@ -94,14 +108,19 @@ class Names:
             _exchange(self.group(group), "direct", {"alternate-exchange": patterns}),
         ]
 
-    def of_topic(self, group: str, topic: str) -> list[Declared]:
-        """The queue of a topic or pattern; bound to its group first, so that nothing reaches the group and no queue."""
+    def of_topic(self, group: str, topic: str, *, ordered: bool = False) -> list[Declared]:
+        """The queue of a topic or pattern; bound to its group first, so that nothing reaches the group and no queue.
+
+        With `ordered` it hands out to one consumer at a time; dead letters, which groups share, to all.
+        """
         if is_dead_letter_topic(topic):
             return self.dead(topic)
         queue = self.queue(group, topic)
         arguments: dict[str, Any] = {"x-queue-type": self.queue_type}
         if self.queue_type == "quorum":
             arguments["x-delivery-limit"] = _NEVER
+        if ordered:
+            arguments[_ONE_AT_A_TIME] = True
         inner = f"{self.group(group)}|*" if is_pattern(topic) else self.group(group)
         return [
             _queue(queue, arguments),
@@ -131,6 +150,11 @@ RUNG = "sluiceway-rung"
 def suspects_of(queue: str) -> str:
     """The name of the queue where the suspects of a queue wait."""
     return f"{queue}|suspects"
+
+
+def record_of(queue: str) -> str:
+    """The name of the queue where it is written down what of a queue is away."""
+    return f"{queue}|order"
 
 
 def rung_for(delay: float) -> float:
@@ -168,7 +192,10 @@ async def declare(connection: Connection, wanted: Iterable[Declared], *, passive
             await one.make(channel, passive=passive)
         except ChannelClosedByBroker as error:
             channel = None
-            problems.append(f"{one.name!r}: {_advice(error)}")
+            if _ONE_AT_A_TIME in error.reply_text and _ONE_AT_A_TIME not in one.arguments:
+                log.warning("%s", _NO_ORDER % one.name)
+            else:
+                problems.append(f"{one.name!r}: {_advice(error)}")
         except Exception as error:
             raise TransportError(f"cannot declare {one.name!r}: {error}") from error
     if channel is not None:
@@ -191,6 +218,11 @@ def _advice(error: ChannelClosedByBroker) -> str:
     match error.reply_code:
         case 404:
             return "it is not there; start once with declare=yes to make it, or make it by hand"
+        case 406 if _ONE_AT_A_TIME in error.reply_text:
+            return (
+                f"it was made without order_by, and a queue cannot become {_ONE_AT_A_TIME}; let the group's processes "
+                "empty it as they are, stop them, delete the queue and start again; or name another group"
+            )
         case 406:
             return (
                 f"it is there with other properties ({error.reply_text}); delete it when it is empty, name another "

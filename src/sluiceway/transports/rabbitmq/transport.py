@@ -16,6 +16,7 @@ from .address import Options, address_of, options_of
 from .browser import browse_queue, remove_from_queue
 from .hub import Hub
 from .letters import Letter
+from .ordered import OrderedSource
 from .source import RabbitMQSource
 from .topology import Declared, declare
 
@@ -44,10 +45,10 @@ class RabbitMQTransport:
         self.features = Features(
             durable=True,
             retains=False,
-            order="none",
+            order="process",
             delay="ladder",
             atomic=False,
-            park=False,
+            park=True,
             release=True,
             lease=False,
             max_payload=self._options.max_payload,
@@ -156,7 +157,7 @@ class RabbitMQTransport:
         Unsupported for a start at a time."""
         _check(subscription)
         self._hub.topics.setdefault(subscription.group, set()).update(subscription.topics)
-        source = RabbitMQSource(self._hub, subscription)
+        source = (RabbitMQSource if subscription.order_by is None else OrderedSource)(self._hub, subscription)
         await source.open()
         self._sources = [other for other in self._sources if not other.closed or other.kept]
         self._sources.append(source)

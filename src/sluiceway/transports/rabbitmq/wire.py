@@ -156,6 +156,13 @@ class Channel:
         getattr(self.raw, method)(*arguments, callback=lambda frame: _set(answer, frame.method), **options)
         return await self.wait(answer)
 
+    async def get(self, queue: str) -> bytes | None:
+        """Take a message; returns its body, or None when there is none."""
+        answer: asyncio.Future[bytes | None] = self.loop.create_future()
+        self.raw.add_callback(lambda _: _set(answer, None), [Basic.GetEmpty])
+        self.raw.basic_get(queue, lambda _, method, properties, body: _set(answer, body))
+        return await self.wait(answer)
+
 
 async def connect(parameters: pika.ConnectionParameters, place: str) -> Connection:
     """Open a connection. Raises ConnectError that says what to do."""
@@ -163,7 +170,9 @@ async def connect(parameters: pika.ConnectionParameters, place: str) -> Connecti
     try:
         await connection.opened
     except asyncio.CancelledError:
-        connection.end()
+        await asyncio.wait((connection.opened,), timeout=CLOSE)  # pika closes no connection that is not open
+        if connection.opened.done() and connection.opened.exception() is None:
+            await connection.finish()
         raise
     except Exception as error:
         raise ConnectError(f"cannot connect to RabbitMQ at {place}: {explain(error)}") from None

@@ -7,12 +7,12 @@ import re
 from datetime import datetime
 from typing import Any
 
-from ...errors import ConnectError, TransportError
+from ...errors import ConnectError
 from ...source import Start
 from ...transport import Finding
 from .entries import stored_of
 from .keys import Keys
-from .wire import ReplyError, Wire
+from .wire import ReplyError, Wire, refusal
 
 _PAGE = 100
 
@@ -26,12 +26,13 @@ async def make_group(wire: Wire, keys: Keys, topic: str, group: str, start: Star
     _, known, *_ = answers = await wire.call(
         ("XGROUP", "CREATE", retry, group, "0", "MKSTREAM"), ("GET", floor), ("EXISTS", topic)
     )
-    _check(wire, answers)
+    what = f"make group {group!r} on {topic!r}"
+    _check(wire, what, answers)
     at: Any = known
     if known is None:
         at = {"earliest": "0", "latest": "$"}.get(start) if isinstance(start, str) else await _since(wire, topic, start)
     made = await wire.call(("XGROUP", "CREATE", topic, group, at, "MKSTREAM"))
-    _check(wire, made)
+    _check(wire, what, made)
     return not isinstance(made[0], ReplyError)
 
 
@@ -51,16 +52,20 @@ async def _since(wire: Wire, topic: str, start: datetime) -> str:
     return after
 
 
-def _check(wire: Wire, answers: list[Any]) -> None:
+def _check(wire: Wire, what: str, answers: list[Any]) -> None:
     for answer in answers:
         if isinstance(answer, ReplyError) and not str(answer).startswith("BUSYGROUP"):
-            raise TransportError(f"{wire.name} refuses to make the group: {answer}") from answer
+            raise refusal(wire, what, answer) from answer
 
 
 async def missing(wire: Wire, topic: str, group: str) -> bool:
-    """Whether the topic has no such group."""
+    """Whether the topic has no such group. Raises TransportError when it cannot have one."""
     (answer,) = await wire.call(("XINFO", "GROUPS", topic))
-    return isinstance(answer, ReplyError) or all(info[1] != group.encode() for info in answer)
+    if isinstance(answer, ReplyError):
+        if str(answer).startswith("ERR no such key"):
+            return True
+        raise refusal(wire, f"tell of the groups on {topic!r}", answer) from answer
+    return all(info[1] != group.encode() for info in answer)
 
 
 async def info(wire: Wire) -> dict[str, str]:

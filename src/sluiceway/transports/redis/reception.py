@@ -21,7 +21,7 @@ from .scripts import TRIM
 from .settings import Settings
 from .settling import Settling
 from .taking import TAKE, TEND
-from .wire import Line, ReplyError, Wire
+from .wire import Line, ReplyError, Wire, explained, refusal
 
 log = logging.getLogger("sluiceway")
 
@@ -34,7 +34,8 @@ class Reception:
     """A consumer in the group of each topic, under a name that was never used before, and what it holds.
 
     When its lease is gone it goes on under a new name and holds nothing; `on_lost` is told the old one. `may_hold` says
-    whether messages may be received at all.
+    whether messages may be received at all. `on_reached` hears that the server has done all that it was asked for, and
+    there is nothing left but to wait.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Reception:
         lease: float,
         retention: float,
         may_hold: Callable[[], bool],
+        on_reached: Callable[[], None],
         on_lost: Callable[[str], None],
     ) -> None:
         self.group = subscription.group
@@ -69,6 +71,7 @@ class Reception:
         be known of there, nor they here, and they could pass it: so neither is sent while the other is under way."""
         self._retention = -1 if retention == float("inf") else ms(retention)
         self._may_hold = may_hold
+        self._on_reached = on_reached
         self._on_lost = on_lost
         self._streams = [*self.topics, *(of[1] for of in self.keys_of)]
         self._unseeing = Settling(keys, self.group, self.topics, "unseen")
@@ -84,7 +87,7 @@ class Reception:
 
     def doubt(self) -> None:
         """A read failed: what the server handed us meanwhile is looked for before the next one."""
-        self._recover_at = 0.0
+        self._recover_at = self._tend_at = 0.0
 
     async def make_groups(self, wire: Wire) -> None:
         """Make the groups where they are missing."""
@@ -161,6 +164,7 @@ class Reception:
         try:
             if not self._may_wait():
                 return []
+            pass  # self._on_reached()
             if self._ordered:
                 read = ("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", *self._behind, *self._behind.values())
                 await wire.ask(*read, seconds=block / 1000 + 10)
@@ -261,7 +265,7 @@ class Reception:
                     for stream in self._streams]  # fmt: skip
         for stream, answer in zip(self._streams, await wire.call(*commands), strict=True):
             if isinstance(answer, ReplyError):
-                raise TransportError(f"{wire.name}: {answer}") from answer
+                raise refusal(wire, f"tell what we hold of {stream!r}", answer) from answer
             for one, *_ in answer:
                 if (stream, one) not in held:
                     message: Message[Any] = Message("", b"", "", token=(stream, one, self.consumer))
@@ -280,7 +284,7 @@ def _order(one: bytes) -> tuple[int, int]:
 def _last_delivered(answer: Any, group: bytes) -> bytes:
     """Up to where a group has read a stream, by XINFO GROUPS. Raises TransportError when there is no such group."""
     if isinstance(answer, ReplyError):
-        raise TransportError(str(answer)) from answer
+        raise TransportError(explained(answer)) from answer
     for info in answer:
         if info[1] == group:
             last: bytes = info[7]

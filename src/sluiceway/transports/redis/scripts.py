@@ -221,6 +221,14 @@ return {waits, oldest}
 )
 
 # In: an output: stream, delay, where it waits, fields, and for a topic how its groups' retry streams begin.
-DELAY = script("publish with a delay", "put(unpack(list(ARGV[1])))", adds=True)
+DELAY = script(
+    "publish with a delay",
+    """
+local out = list(ARGV[1])
+call('XLEN', out[1])  -- is refused where the key is no stream, as it would be when it is due
+put(unpack(out))
+""",
+    adds=True,
+)
 
 SCRIPTS = (TEND, TAKE, SETTLE, ACK, SUSPECT, LEAVE, RENEW, TRIM, BACKLOG, DELAY)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from msgspec import Struct
 
-from ...address import TLS, TLS_OPTIONS, Convert, url_options
+from ...address import TLS, TLS_OPTIONS, Convert, split_url, url_options
 from ...errors import OptionError
 
 
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Convert] = {"lease": float, "max_payload": int, "retention": 
 
 def parse(url: str) -> tuple[Settings, dict[str, Any]]:
     """The settings of a URL, and the transport's options in it. Raises OptionError that says what is wrong with it."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     what = f"{shown!r} names no Redis server; write redis://[user:password@]host[:port][/db]"
     try:

@@ -60,7 +60,8 @@ class RedisSource:
         self._lease = limits.lease
         self._reception = reception = Reception(
             settings, keys, subscription,
-            lease=limits.lease, retention=limits.retention, may_hold=self._may_hold, on_lost=self._on_lost,
+            lease=limits.lease, retention=limits.retention, may_hold=self._may_hold,
+            on_reached=self._reached, on_lost=self._on_lost,
         )  # fmt: skip
         leases = [of[3] for of in reception.keys_of]
         self.renewer: Callable[[], Renewer] | None = partial(RedisRenewer, settings, leases, limits.lease)

@@ -16,7 +16,7 @@ from .keys import Keys
 from .scripts import DELAY
 from .settings import Settings, check, parse
 from .source import Limits, RedisSource
-from .wire import Line, ReplyError, refusal
+from .wire import Line, ReplyError, explained, refusal
 
 _PAGE = 500  # messages per step of browse
 _CHUNK = 1000  # messages, and bytes, published and not yet confirmed at a time
@@ -138,7 +138,9 @@ class RedisTransport:
             if failed:
                 why = next(answer for answer in answers if isinstance(answer, ReplyError))
                 failed += rest[len(some) :]
-                raise PublishError.unconfirmed(failed, total, f"{wire.name} refused {failed[0].topic!r}: {why}")
+                raise PublishError.unconfirmed(
+                    failed, total, f"{wire.name} refused {failed[0].topic!r}: {explained(why)}"
+                )
         except PublishError:
             raise
         except (TypeError, AttributeError) as error:

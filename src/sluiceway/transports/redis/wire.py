@@ -90,21 +90,21 @@ class Wire(asyncio.Protocol):
         if self.lost is not None:
             raise TransportError(f"{self.name}: {self.lost}")
         packed = [hiredis.pack_command(command) for command in commands]
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[list[Any]] = loop.create_future()
         self._calls.append((len(commands), future))
         self._transport.write(packed[0] if len(packed) == 1 else b"".join(packed))
+        timer = loop.call_later(seconds, self.abort, f"no answer within {seconds:g} s")
         try:
-            async with asyncio.timeout(seconds):
-                return await future
-        except TimeoutError:
-            self.abort(f"no answer within {seconds:g} s")
-            raise TransportError(f"{self.name}: {self.lost}") from None
+            return await future
+        finally:
+            timer.cancel()
 
     async def ask(self, *command: Any, seconds: float = ANSWER) -> Any:
         """One command's answer. Raises TransportError, also for what the server refuses."""
         (answer,) = await self.call(command, seconds=seconds)
         if isinstance(answer, ReplyError):
-            raise TransportError(f"{self.name} refuses {command[0]}: {answer}") from answer
+            raise refusal(self, f"carry out {command[0]}", answer) from answer
         return answer
 
     async def run(self, script: Script, keys: Sequence[Any], *arguments: Any) -> Any:
@@ -114,7 +114,7 @@ class Wire(asyncio.Protocol):
         if isinstance(answer, ReplyError) and str(answer).startswith("NOSCRIPT"):  # SCRIPT FLUSH
             _, answer = await self.call(("SCRIPT", "LOAD", script.text), command)
         if isinstance(answer, ReplyError):
-            raise TransportError(f"{self.name} refuses to {script.what}: {answer}") from answer
+            raise refusal(self, script.what, answer) from answer
         return answer
 
     def abort(self, why: str) -> None:
@@ -132,12 +132,38 @@ class Wire(asyncio.Protocol):
                     future.set_exception(TransportError(f"{self.name}: {why}"))
 
 
+_CLUSTER = "it is a node of a cluster; Sluiceway needs a server (and replicas) without one"
+_HINTS = {  # by how a refusal begins
+    "READONLY": "it is a replica; give the URL of its primary, or of an address that follows it",
+    "WRONGTYPE": "another program has a key of that name, and it is no stream: rename the topic or that key, or give "
+    "another prefix= for the keys beside it",
+    "OOM": "its memory is full: raise maxmemory; consumers go on, and make room",
+    "MISCONF": "it cannot write to its disk: look at its log",
+    "NOREPLICAS": "fewer replicas follow it than min-replicas-to-write wants",
+    "NOPERM": "allow it to this user (ACL SETUSER); ACL LOG shows what was refused",
+    "NOAUTH": "give user and password in the URL: redis://user:password@host",
+    "ERR DB index is out of range": "the URL ends with the number of a database; raise `databases` at the server, or "
+    "take a lower one",
+    "MOVED": _CLUSTER,
+    "CROSSSLOT": _CLUSTER,
+    "CLUSTERDOWN": _CLUSTER,
+    "ERR SELECT is not allowed in cluster mode": _CLUSTER,
+}
+
+
+def explained(answer: Exception) -> str:
+    """A refusal, and what to change where that is known."""
+    text = str(answer)
+    hint = next((hint for start, hint in _HINTS.items() if text.startswith(start)), None)
+    return text if hint is None else f"{text.rstrip('.')}; {hint}"
+
+
 def refusal(wire: Wire, what: str, answer: Exception) -> TransportError:
     """The server's refusal as an error. A server that became a replica is left, so that the next call finds the new
     primary."""
     if str(answer).startswith("READONLY"):
         wire.abort("it is a read-only replica now")
-    return TransportError(f"{wire.name} refuses to {what}: {answer}")
+    return TransportError(f"{wire.name} refuses to {what}: {explained(answer)}")
 
 
 async def connect(settings: Settings) -> Wire:
@@ -183,9 +209,7 @@ async def _enter(wire: Wire, settings: Settings) -> None:
     ), seconds=CONNECT)  # fmt: skip
     for answer in answers:
         if isinstance(answer, ReplyError):
-            text = str(answer)
-            hint = "; give user and password in the URL: redis://user:password@host" if "NOAUTH" in text else ""
-            raise ConnectError(f"{wire.name} lets nobody in: {text}{hint}")
+            raise ConnectError(f"{wire.name} does not let us in: {explained(answer)}")
     wire.client_id = answers[0]
 
 
