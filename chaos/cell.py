@@ -152,7 +152,7 @@ def _row(
     return Row(
         broker=broker.name, fault=fault.name, sent=len(book.accepted), refused=book.refused.total(),
         handled=len(book.ended), deleted=len(book.missing() - lost), lost=len(lost), repeated=book.repeated(),
-        at_most=0 if damage is None else WINDOW * damage.interruptions + damage.forgotten, dead=counts[0], left=counts[1],
-        overtaken=book.overtaken(key_of) if broker.ordered else None, recovered=recovered, caught_up=caught_up,
-        log=said, error=error,
+        at_most=0 if damage is None else WINDOW * damage.interruptions + damage.forgotten,
+        dead=counts[0], left=counts[1], overtaken=book.overtaken(key_of) if broker.ordered else None,
+        recovered=recovered, caught_up=caught_up, log=said, error=error,
     )  # fmt: skip

@@ -28,8 +28,8 @@ class Damage(Struct, frozen=True):
     """What a fault did.
 
     `over`: when, by time.monotonic(), all was well again. `interruptions`: how often processes may have lost what they
-    held; each repeats a window of a worker at most. `forgotten`: messages that were done, and of which the broker forgot
-    it. `deleted`: until then what was at the broker may have been deleted, and so is not lost.
+    held; each repeats a window of a worker at most. `forgotten`: messages that are done, and the broker forgot it.
+    `deleted`: until then what was at the broker may have been deleted, and so is not lost.
     """
 
     interruptions: int

@@ -48,6 +48,26 @@ def test_gaps_between_offsets_hold_up_nothing() -> None:
     assert offsets.watermark == offsets.position == 41
 
 
+def test_offsets_without_a_record_at_the_end_of_the_log_can_be_committed_too() -> None:
+    offsets = taken([0, 1])
+    offsets.reach(4)
+    assert (offsets.watermark, offsets.position, offsets.finished_above) == (0, 4, 0)
+    offsets.finish([0, 1])
+    assert offsets.watermark == 4
+    offsets.reach(2)
+    assert (offsets.watermark, offsets.position) == (4, 4)
+    with pytest.raises(ValueError, match="3 came where 4"):
+        offsets.take([3])
+
+
+def test_while_something_is_read_again_the_end_of_the_log_stays_where_it_is() -> None:
+    offsets = taken([0, 1])
+    offsets.release([0])
+    offsets.rewind()
+    offsets.reach(4)
+    assert (offsets.position, offsets.take([0, 1, 2])) == (0, [0, 2])
+
+
 def test_before_the_first_record_the_watermark_is_the_start() -> None:
     offsets = Offsets(17)
     assert offsets.watermark == offsets.position == 17

@@ -103,5 +103,5 @@ def test_what_left_a_rung_of_the_ladder_waits_for_no_longer_than_that_but_on_the
 ) -> None:
     now = time.time()
     headers = {"sluiceway-due": repr(now + due), RUNG: f"{rung:g}"}
-    delivery = Delivery(1, False, "t", BasicProperties(message_id="a", headers=headers), b"", "c")
+    delivery: Delivery = (1, False, "t", BasicProperties(message_id="a", headers=headers), b"", "c")
     assert open_letter(delivery, 1).due - now == pytest.approx(left, abs=1.0)

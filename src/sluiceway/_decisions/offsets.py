@@ -94,6 +94,12 @@ class Offsets:
         self._came += 1
         return known is not True
 
+    def reach(self, offset: int) -> None:
+        """Reading has got to this offset, and all records below it have come: at the end of a log of transactions are
+        offsets without a record. They may be committed too, or the group would seem to be behind. Never goes back."""
+        if self.position == self._end < offset:
+            self.position = self._end = offset
+
     def hand_out(self, offset: int) -> None:
         """It is handed out again, from memory, as after a failure. If it has a note, that is counted."""
         if (note := self._notes.get(offset)) is not None:

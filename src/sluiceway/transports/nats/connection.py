@@ -23,6 +23,7 @@ log = logging.getLogger("sluiceway.nats")
 
 TIMEOUT = 10.0  # seconds for a server to answer
 OLDEST = (2, 9)
+_CHECKS = 5  # how often a new connection asks for JetStream, in that time
 _PIPELINE, _PIPELINE_BYTES = 1000, 4 * 1024 * 1024  # asked at once and not answered, at most
 
 Request = tuple[str, bytes, bytes]
@@ -179,6 +180,7 @@ class Connection:
             await self._check(client)
         except BaseException:
             self.up.clear()
+            self._down.set()
             await _abandon(client)
             raise
         self.error = None
@@ -187,13 +189,18 @@ class Connection:
         version = client.connected_server_version
         if (version.major, version.minor) < OLDEST:
             raise ConnectError(f"the NATS server at {self.settings.where()} is {version!r}; 2.9 or newer is needed")
-        try:
-            await self.api("INFO")
-        except TransportError as error:
-            raise ConnectError(
-                f"NATS at {self.settings.where()} has no JetStream for this account ({error}); start the server with"
-                " -js, or enable it for the account"
-            ) from error
+        for tries in range(1, _CHECKS + 1):
+            try:
+                (answer,) = await self.ask([("$JS.API.INFO", b"", b"")], timeout=TIMEOUT / _CHECKS)
+                read_answer(answer, "asked for JetStream")
+                return
+            except TransportError as error:
+                silent = isinstance(error, Unanswered) and self.up.is_set()
+                if not silent or tries == _CHECKS:  # a cluster without a leader is silent, and forgets who has asked
+                    raise ConnectError(
+                        f"NATS at {self.settings.where()} has no JetStream for this account ({error}); start the server"
+                        " with -js, or enable it for the account; a cluster needs more than half of its servers"
+                    ) from error
 
     def _explained(self, error: BaseException) -> ConnectError:
         where = self.settings.where()

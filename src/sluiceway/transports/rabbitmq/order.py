@@ -92,9 +92,12 @@ class Order:
     def goes(self, tag: int, due: float) -> None:
         """A copy of it is about to be sent, and comes at `due`."""
         if not self.is_going(tag):
-            del self._here[self.places[tag]]
-            self.room.pop(tag, None)
-            self._away.goes(tag, due)
+            place = self.places[tag]
+            del self._here[place]
+            if self.room.pop(tag, None) is None:
+                self._away.goes(tag, due)
+            else:
+                self._away.expect(self._entries[place].key, place, due)
 
     def is_going(self, tag: int) -> bool:
         """Whether a copy of what is in hand was about to be sent already."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from msgspec.structs import replace
 
@@ -17,8 +17,19 @@ from .hub import Hub
 from .inlet import Inlet
 from .order import Order, untouched
 
-if TYPE_CHECKING:
-    from .ordered import OrderedSource
+
+class Keeper(Protocol):
+    """The source, as far as it concerns its hand."""
+
+    window: int
+    listed: bool
+    """There are, or were just now, suspects; what is handed out must be prepared."""
+
+    def settled(self) -> None: ...
+    def prepare(self, demand: int, max_bytes: int) -> None: ...
+    def relieve(self) -> None: ...
+    def probed(self, probe: str, queue: int) -> None: ...
+    async def remember(self, queues: set[int]) -> None: ...
 
 
 class OrderedCredit(Credit):
@@ -36,7 +47,7 @@ class OrderedCredit(Credit):
 class OrderedHand(Hand):
     """What goes back at once stays: it is handed out again from here. That others go back is written down first."""
 
-    def __init__(self, hub: Hub, inlet: Inlet, copies: Copies, source: OrderedSource) -> None:
+    def __init__(self, hub: Hub, inlet: Inlet, copies: Copies, source: Keeper) -> None:
         super().__init__(hub, inlet, copies, source.settled)
         self.source = source
         self.order = Order()
@@ -78,7 +89,7 @@ class OrderedHand(Hand):
         return [*super().unsettled(), *self.chosen, *self.order.room.values()]
 
     def take(self, demand: int, max_bytes: int) -> list[Message[Any]]:
-        if self.suspected or self.source.listed:
+        if self.chosen or self.suspected or self.source.listed:
             found, self.chosen = self.chosen, []
             self.held.update([(message.token, message) for message in found])
             if not found:

@@ -136,7 +136,7 @@ class RabbitMQSource:
                     self._in_background(self.give_back())
                     await asyncio.wait(self._tasks, timeout=self._hub.timeout)
                     return messages
-            elif self._hand.buffer and (messages := self._hand.take(demand, self._subscription.max_bytes)):
+            elif messages := self._hand.take(demand, self._subscription.max_bytes):
                 return messages
             self._demand = demand
             if not self._suspects.clearing:

@@ -164,7 +164,7 @@ class Reception:
         try:
             if not self._may_wait():
                 return []
-            pass  # self._on_reached()
+            self._on_reached()
             if self._ordered:
                 read = ("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", *self._behind, *self._behind.values())
                 await wire.ask(*read, seconds=block / 1000 + 10)
