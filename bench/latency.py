@@ -20,7 +20,6 @@ from sluiceway.transports.memory import MemoryTransport
 
 from .child import Job, started, unpin
 from .pairs import Case, Figure
-from .watch import Watch
 
 SAMPLES = 3_000
 TURNS = 20  # of the loop, between two messages
@@ -114,12 +113,19 @@ async def consumer(url: str, topic: str, samples: int, idle: float) -> dict[str,
         return
 
     times: list[float] = []
+    all_settled = asyncio.Event()
+
+    def settled(event: Settled) -> None:
+        times.extend([time.monotonic()] * event.count)
+        if event.outcome != "ack" or len(times) >= samples:
+            all_settled.set()
+
     async with app.running():
-        watch = Watch(app)
-        watch.on_settled = lambda count: times.extend([time.monotonic()] * count)
+        app.telemetry.attach(settled, Settled)  # and nothing else, so that the way is that of an app without listeners
         await asyncio.sleep(min(1.0, idle))  # what is done once at the start is not idling
         print(await idle_cpu(idle), flush=True)
-        await watch.until(samples)
+        await all_settled.wait()
+    assert len(times) == samples, f"{len(times)} of {samples} messages ended, and one in another way than an ack"
     return {"settled": times}
 
 

@@ -236,4 +236,12 @@ class NATSInOrder(NATS):
     workers = 1
 
 
-BROKERS: tuple[type[Broker], ...] = (SQLite, SQLiteInOrder, Redis, RedisInOrder, NATS, NATSInOrder, RabbitMQ)
+class RabbitMQInOrder(RabbitMQ):
+    name = "rabbitmq, in order"
+    ordered = True
+    workers = 1
+
+
+BROKERS: tuple[type[Broker], ...] = (
+    SQLite, SQLiteInOrder, Redis, RedisInOrder, NATS, NATSInOrder, RabbitMQ, RabbitMQInOrder,
+)  # fmt: skip

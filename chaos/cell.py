@@ -127,7 +127,9 @@ def _count(site: Site) -> tuple[int, int]:
         app = App(site.broker.url(site.broker.port))
         async with asyncio.timeout(PATIENCE), app:
             dead = [stored async for stored in app.transport.browse(f"{site.topic}.{app.group}.dead")]
-            source = await app.transport.subscribe(Subscription(topics=(site.topic,), group=app.group, window=1))
+            order = "key" if site.broker.ordered else None
+            wanted = Subscription(topics=(site.topic,), group=app.group, window=1, order_by=order)
+            source = await app.transport.subscribe(wanted)
             try:
                 backlog = await source.backlog()
             finally:

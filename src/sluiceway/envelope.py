@@ -72,11 +72,11 @@ def seal(message: Outgoing, *, failures: int = 0, suspicions: int = 0) -> dict[s
 
 
 def unseal(headers: Mapping[str, str]) -> Envelope:
-    """What the headers of a message that came in say."""
+    """What the headers of a message that came in say. An empty id is none: no two messages may share one."""
     get = headers.get
     version = _count(get(V))
     return Envelope(
-        get(ID),
+        get(ID) or None,
         get(KEY),
         _seconds(get(TIME)),
         _count(get(FAILURES)),

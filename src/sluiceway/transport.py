@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from .errors import PayloadTooLarge
 from .message import Outgoing, Stored
 from .source import Source, Subscription
 
@@ -43,6 +45,27 @@ class Features(Struct, frozen=True, kw_only=True):
     wildcards: bool
     browse: bool
     backlog: bool
+
+    @classmethod
+    def all_but(cls, *, max_payload: int, **lacking: Any) -> Self:
+        """Of a broker that gives everything, with order over the whole group, but for what is said. Raises TypeError
+        for a feature that there is not."""
+        everything = cls(
+            durable=True, retains=True, order="group", delay="native", atomic=True, park=True, release=True,
+            lease=True, max_payload=max_payload, wildcards=True, browse=True, backlog=True,
+        )  # fmt: skip
+        return replace(everything, **lacking)
+
+    def check_sizes(self, messages: Sequence[Outgoing]) -> None:
+        """Raise PayloadTooLarge when one of them has a larger body than `max_payload`."""
+        large = [message for message in messages if len(message.body) > self.max_payload]
+        if large:
+            first = large[0]
+            raise PayloadTooLarge(
+                f"message {first.id} to {first.topic!r} has a body of {len(first.body)} bytes and the limit is "
+                f"{self.max_payload} (max_payload); nothing of the call was published",
+                large,
+            )
 
 
 class Finding(Struct, frozen=True):

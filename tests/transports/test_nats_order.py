@@ -119,6 +119,19 @@ async def test_what_another_process_takes_and_settles_holds_nobody_up(server: NA
         assert bodies(await get(source, 2)) == [b"1", b"2"]
 
 
+async def test_what_was_acked_though_we_took_it_for_lost_holds_nobody_up(server: NATSServer) -> None:
+    """As when an ack is under way for longer than the lease: it was tried before, so a note of it stays."""
+    async with connected(server) as transport, manager(server) as js:
+        source = await subscribe(transport, "t", order_by="key")
+        await publish(transport, "t", b"0", key="k")
+        await source.settle([], [Settlement(await one(source), "retry")])
+        again = await one(source)
+        await js._nc.request(again.token[0].decode(), b"+ACK")
+        source._hand.lose(again.token)
+        await publish(transport, "t", *numbered(3)[1:], key="k")
+        assert bodies(await get(source, 2)) == [b"1", b"2"]
+
+
 async def test_what_another_process_takes_and_keeps_is_not_waited_for_longer_than_said(
     server: NATSServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

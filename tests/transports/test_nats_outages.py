@@ -103,6 +103,24 @@ async def test_a_server_that_stands_still_for_a_while_is_heard_again(server: NAT
         assert bodies(await call) == numbered(3)
 
 
+async def test_a_server_that_comes_back_without_jetstream_is_tried_again_until_it_has_it(server: NATSServer) -> None:
+    async with connected(server) as transport:
+        source = await subscribe(transport, "t")
+        waiting = asyncio.create_task(get(source, 1))
+        config = server._config.read_text()
+        await asyncio.to_thread(server.kill)
+        server._config.write_text(f'{{"listen": "127.0.0.1:{server.port}"}}')
+        await asyncio.to_thread(server.start)
+        await until(lambda: "has no JetStream" in str(source.status().error), "it sees that there is none")
+        assert source.status().state == "connecting"
+        await asyncio.to_thread(server.kill)
+        server._config.write_text(config)
+        await asyncio.to_thread(server.start)
+        await until(lambda: source.status().state == "running", "it is back")
+        await publish(transport, "t", b"a")
+        assert bodies(await waiting) == [b"a"]
+
+
 async def test_a_connection_that_nobody_reads_any_more_is_made_anew(
     server: NATSServer, caplog: pytest.LogCaptureFixture
 ) -> None:

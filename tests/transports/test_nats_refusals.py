@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nats.js.api import StreamConfig
+from nats.js.api import RetentionPolicy, StreamConfig
 
 from sluiceway.errors import PublishError, TransportError
 from sluiceway.message import Settlement
@@ -67,7 +67,7 @@ async def test_a_full_account_says_that_its_limits_are_to_be_raised(tmp_path: Pa
 async def test_a_second_group_on_a_work_queue_is_told_what_to_change(tmp_path: Path) -> None:
     with NATSServer(tmp_path) as server:
         async with manager(server) as js:
-            await js.add_stream(StreamConfig(name="WORK", subjects=["w.>"], retention="workqueue"))
+            await js.add_stream(StreamConfig(name="WORK", subjects=["w.>"], retention=RetentionPolicy.WORK_QUEUE))
         async with connected(server) as transport:
             source = await subscribe(transport, "w.a", group="one")
             await publish(transport, "w.a", b"x")

@@ -111,6 +111,10 @@ class Away(Generic[TokenT]):
     def next_due(self, token: TokenT, otherwise: float) -> float:
         """When the first one that is away comes of the key of a message that is about to be parked."""
         key, _ = self._where.get(token, (None, 0))
+        return self.first_due(key, otherwise)
+
+    def first_due(self, key: Hashable, otherwise: float) -> float:
+        """When the first one that is away comes of a key."""
         lane = self._lanes.get(key)
         first = lane.first() if lane is not None else None
         return max(otherwise, lane.away[first].due) if lane is not None and first is not None else otherwise

@@ -135,6 +135,10 @@ class Offsets:
         self.position = min(self._released)
         return self.position
 
+    def has_note(self, offset: int) -> bool:
+        """Whether the record has counts of its own, which a commit tells."""
+        return offset in self._notes
+
     def note(self, offset: int) -> Note:
         """The counts of a record that is not finished."""
         return self._notes.get(offset, Note())

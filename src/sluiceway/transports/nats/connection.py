@@ -178,9 +178,8 @@ class Connection:
         self.write(f"SUB {self.inbox}.r.* r\r\n".encode())
         try:
             await self._check(client)
-        except BaseException:
-            self.up.clear()
-            self._down.set()
+        except BaseException as error:
+            self._lost(str(error) or type(error).__name__)  # others may have asked already
             await _abandon(client)
             raise
         self.error = None

@@ -125,18 +125,20 @@ class Order:
                 log.debug("looking at what does not come: %s", error)
 
     async def _look(self) -> None:
-        """See what became of what does not come: without a note it is settled; and a lease later it is not waited for
-        any more, whoever has it."""
+        """See what became of what does not come: without a note it is settled, and also where all up to it is, when an
+        ack of ours arrived that we took for lost; and a lease later it is not waited for any more, whoever has it."""
         now = time.monotonic()
         late: list[Any] = self._away.overdue(now - LATE)
         if late:
             places = [
-                (place, note_subject(consumer.path, place[1]))
+                (place, consumer)
                 for place in late
                 for consumer in self._consumers
-                if consumer.stream == place[0][0]
+                if consumer.stream == place[0][0] and consumer.floor < place[1]
             ]
-            notes = await read_notes(self._connection, [subject for _, subject in places])
+            notes = await read_notes(
+                self._connection, [note_subject(consumer.path, place[1]) for place, consumer in places]
+            )
             noted = {place for (place, _), note in zip(places, notes, strict=True) if note is not None}
             over = set(self._away.overdue(now - max(self._lease, PARKED) - LATE))
             for lane, seq in {*late} - (noted - over):

@@ -169,20 +169,7 @@ class NATSTransport:
 
 
 def _features(max_payload: int) -> Features:
-    return Features(
-        durable=True,
-        retains=True,
-        order="process",
-        delay="native",
-        atomic=False,
-        park=True,
-        release=True,
-        lease=True,
-        max_payload=max(1, max_payload - RESERVE),
-        wildcards=True,
-        browse=True,
-        backlog=True,
-    )
+    return Features.all_but(max_payload=max(1, max_payload - RESERVE), order="process", atomic=False)
 
 
 def _stored(topic: str, stream: str, found: dict[str, Any]) -> Stored:

@@ -6,6 +6,9 @@ arrivals.py    what of the broker's pushes is for a source, and who is suspected
 hand.py        what a source has in hand, and how that is settled
 credit.py      how much the broker may push to a source
 suspects.py    suspects that run alone
+ordered.py     OrderedSource: `order_by`, one process after the other
+ordered_hand.py  what of an ordered source goes back to its place, and what to the broker
+order.py       which messages of a key are away, and what is written down of that
 hub.py         what both share: the I/O thread, the outlet, where messages go
 copies.py      what takes the place of a message that goes back to the broker
 inlet.py       the connection of a source: pushes, acks, what is done when it is lost

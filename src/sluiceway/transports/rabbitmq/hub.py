@@ -179,7 +179,7 @@ class Hub:
 
     async def _have(self, wanted: Sequence[Declared]) -> None:
         if any(one.name not in self.outlet.known for one in wanted):
-            await self.io.run(self.outlet.declare(wanted))
+            await self.io.run(self.outlet.declare(wanted, self.timeout))
 
     async def to_suspects(self, queue: str, body: bytes, properties: Any, delay: float) -> Letter:
         """A letter to the suspects of a queue."""
@@ -210,7 +210,7 @@ class Hub:
         if homeless and self.topics and not self.passive and time.monotonic() > self._mended + _MEND:
             self._mended = time.monotonic()
             try:
-                await self.io.run(self.outlet.declare(self._ways()))
+                await self.io.run(self.outlet.declare(self._ways(), self.timeout))
             except TransportError as error:
                 log.warning("exchanges and bindings cannot be made again: %s", error)
                 return failed

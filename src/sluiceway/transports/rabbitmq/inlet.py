@@ -20,7 +20,10 @@ from .wire import Channel, Connection, Delivery
 log = logging.getLogger("sluiceway")
 
 SUSPECTS = "suspects"  # in the place of a consumer's number: what was taken from the suspects of a queue
-_SILENCE = 0.03  # seconds without a push after which a consumer is cancelled
+# Seconds without a push after which a consumer is cancelled. Nothing on the wire says that a queue has pushed all that it
+# may: cancel-ok comes behind what the channel has sent, and what it had not sent yet is taken back and counted. So this
+# makes that rare, and `Hub.was_taken_back` explains the rest.
+_SILENCE = 0.03
 
 
 class Listener(Protocol):
@@ -103,7 +106,8 @@ class Inlet:
             tries = 0
             while not self._closing:
                 delay = reconnect_delay(tries, random.random())
-                log.warning("receiving from %s was interrupted: %s; again in %.2f s", self.queues[0], reason, delay)
+                level = outage_level(tries)
+                log.log(level, "receiving from %s was interrupted: %s; again in %.2f s", self.queues[0], reason, delay)
                 await asyncio.sleep(delay)
                 tries += 1
                 try:
@@ -241,11 +245,15 @@ class Inlet:
             self._taken.set_result(None)
 
     async def close(self) -> None:
+        """End the connection. What is unsettled goes back to its place in its queue, and then its turn ends."""
         self._closing = True
         self._keeping.cancel()
         for task in self._cancels:
             task.cancel()
         await asyncio.wait((self._keeping,))
+        if self._channel is not None:
+            # pika would cancel its consumers first: another process would be handed what comes behind what we hold
+            self._channel.raw._consumers.clear()
         await self.connection.finish()
 
     def _on_cancel(self, frame: Any) -> None:
@@ -257,6 +265,11 @@ class Inlet:
 
     def __repr__(self) -> str:
         return ", ".join(self.queues)
+
+
+def outage_level(tries: int) -> int:
+    """How loud to tell of one more try to connect: one outage is told of at growing distances."""
+    return logging.DEBUG if tries & (tries - 1) else logging.WARNING
 
 
 def _unused(*_: Any) -> None:

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from ..._decisions.away import Away
 from ...message import QUEUED, Message
 
-LATE = 5.0  # seconds that what is due may take, until the queue is asked for it
+LATE = 3.0  # seconds that what is due may take, until the queue is asked for it
 _MOST = 10_000  # places in one record
 
 
@@ -43,18 +43,21 @@ class Order:
         self._here: dict[int, int] = {}  # the tag of each place that is in hand, and not going
         self._errors: dict[int, BaseException] = {}  # by tag: why a message cannot be handled
         self._noted: dict[str, int] = {}  # by id: the places that were in the hand of the one before
+        self._moved: set[int] = set()  # the places of which there are copies, or a record that comes first
         self._newest = 0
 
     # -- what comes
 
     def came(self, message: Message[Any], queue: int, place: int | None) -> int | None:
         """A message with a key has arrived; `place` is its copy's. Returns its place; None when it is in hand twice."""
-        noted = self._noted.pop(message.id, None)
+        noted, given = self._noted.pop(message.id, None), place is not None
         if place is None:
             place = noted if noted is not None else max(self._newest + 1, time.time_ns() // 1000)
         self._newest = max(self._newest, place)
         if place in self._here:
             return None
+        if given or noted is not None:
+            self._moved.add(place)
         self.places[message.token] = place
         self._here[place] = message.token
         self._entries[place] = _Entry(message.key or "", message.id, queue)
@@ -93,6 +96,7 @@ class Order:
         """A copy of it is about to be sent, and comes at `due`."""
         if not self.is_going(tag):
             place = self.places[tag]
+            self._moved.add(place)
             del self._here[place]
             if self.room.pop(tag, None) is None:
                 self._away.goes(tag, due)
@@ -114,11 +118,13 @@ class Order:
             self._away.ends(tag)
             if self._here.get(place) == tag:
                 del self._here[place]
+                self._moved.discard(place)
                 self._away.forgets(self._entries.pop(place).key, place)
 
     def due(self, tag: int) -> float:
         """When that comes which a message waits for, seconds since 1970; now when that is in hand."""
-        due = self._away.next_due(tag, time.time())
+        place = self.places[tag]
+        due = self._away.first_due(self._entries[place].key, time.time())
         return due if due < math.inf else time.time()
 
     # -- what does not come
@@ -133,6 +139,7 @@ class Order:
         if self._is_away(place):
             self._away.forgets(key, place)
             self._entries.pop(place, None)
+            self._moved.discard(place)
 
     def _is_away(self, place: int) -> bool:
         return place not in self._here and place in self._entries
@@ -152,18 +159,20 @@ class Order:
     # -- the record
 
     def record(self, queue: int) -> list[tuple[int, str, str, float]]:
-        """Place, key, id and time of all that are away, and of those in hand that are before one that is."""
-        away = {place: (key, due) for key, place, due in self._all_away()}
+        """Place, key, id and time of all that are away or were, and of those that are before one of them.
+
+        What was away has lost its place in the queue, also when it is in hand again: when this process dies, what is
+        behind it may come before it.
+        """
+        dues = {place: due for _, place, due in self._all_away()}
+        moved = dues.keys() | (self._moved & self._here.keys())
         last: dict[str, int] = {}
-        for place, (key, _) in away.items():
+        for place in moved:
+            key = self._entries[place].key
             last[key] = max(place, last.get(key, 0))
-        before = [place for place in self._here if place < last.get(self._entries[place].key, 0)] if last else []
-        found = []
-        for place in sorted([*away, *before]):
-            entry = self._entries[place]
-            if entry.queue == queue:
-                found.append((place, entry.key, entry.id, away[place][1] if place in away else 0.0))
-        return found[:_MOST]
+        before = {place for place in self._here if place < last.get(self._entries[place].key, 0)} if last else set()
+        places = [place for place in sorted(moved | before) if self._entries[place].queue == queue]
+        return [(at, self._entries[at].key, self._entries[at].id, dues.get(at, 0.0)) for at in places[:_MOST]]
 
     def _all_away(self) -> list[tuple[str, int, float]]:
         return [(self._entries[place].key, place, due) for place, due in self._away.dues() if self._is_away(place)]

@@ -23,14 +23,14 @@ from .letters import PROBE, Letter
 from .order import read, write
 from .ordered_hand import OrderedCredit, OrderedHand
 from .source import RabbitMQSource
-from .topology import record_of
+from .topology import record_of, suspects_of
 from .wire import Delivery
 
 log = logging.getLogger("sluiceway")
 
-_LOOK = 1.0  # seconds between looks at what should have come
-_PATIENCE = 30.0  # seconds after which a probe is sent again
-_ALONE = 60.0  # seconds for which others wait for a suspect that runs alone
+_LOOK = 0.5  # seconds between looks at what should have come
+_PATIENCE = 5.0  # seconds after which a probe is sent again
+_AWAY = 1.0  # seconds for which what is too much stays away, at least
 _TRIES = 5  # to read a record
 
 
@@ -115,6 +115,12 @@ class OrderedSource(RabbitMQSource):
         self._known[queue] = frozenset(place for place, *_ in away) | frozenset(explained)
         super()._took(self._waiting.pop(queue))
 
+    @property
+    def receives(self) -> bool:
+        """See RabbitMQSource. Suspects that are in hand come first."""
+        hand = self._hand
+        return super().receives and not hand.chosen and not any(one.token in hand.suspected for one in hand.buffer)
+
     async def has_turn(self, queue: int) -> bool:
         """Whether the queue hands us what it has. Where it has handed us nothing yet, a probe will tell."""
         if queue not in self._known:
@@ -191,7 +197,7 @@ class OrderedSource(RabbitMQSource):
     async def moves(self, message: Message[Any]) -> None:
         """See Suspects."""
         if message.token in self._hand.order.places:
-            self._hand.order.goes(message.token, time.time() + _ALONE)
+            self._hand.order.goes(message.token, time.time())
         self.listed, self._running = True, {message.token}
         await self.remember(set(self._known))
 
@@ -204,8 +210,10 @@ class OrderedSource(RabbitMQSource):
                 return
             try:
                 await self._look()
-            except (TransportError, ValueError) as error:
+            except (TransportError, AMQPError, ValueError) as error:
                 log.debug("looking at what has to come first: %s", error)
+            except Exception:  # without these looks a key may wait for ever
+                log.exception("looking at what has to come first in %s failed; looking again", self._inlet)
 
     async def _look(self) -> None:
         """Write down what has come, and ask the queues for what has not."""
@@ -217,6 +225,9 @@ class OrderedSource(RabbitMQSource):
             late.setdefault(queue, []).append((key, place))
         for queue, places in late.items():
             probe = self._probes.get(queue)
+            (suspects,) = await self._hub.io.run(self._inlet.waiting([suspects_of(self._inlet.queues[queue])]))
+            if suspects:
+                continue  # they may be what is waited for
             if probe is None or time.monotonic() > probe.sent + _PATIENCE:
                 await self._probe(queue, places)
 
@@ -248,7 +259,7 @@ class OrderedSource(RabbitMQSource):
 
     async def _send_away(self, crowd: list[Message[Any]]) -> None:
         try:
-            await self._insist([Settlement(message, "release") for message in crowd])
+            await self._insist([Settlement(message, "release", delay=_AWAY) for message in crowd])
         finally:
             self._relieving = False
             self.wake()

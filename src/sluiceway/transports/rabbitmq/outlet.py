@@ -13,6 +13,7 @@ from pika.exceptions import AMQPError
 
 from ..._decisions.backoff import reconnect_delay
 from ...errors import ConnectError, TransportError
+from .inlet import outage_level
 from .letters import Letter
 from .topology import Declared, declare
 from .wire import Channel, Connection
@@ -100,7 +101,8 @@ class Outlet:
             tries = 0
             while True:
                 delay = reconnect_delay(tries, random.random())
-                log.warning("publishing to RabbitMQ was interrupted: %s; connecting again in %.2f s", reason, delay)
+                level = outage_level(tries)
+                log.log(level, "publishing to RabbitMQ was interrupted: %s; connecting again in %.2f s", reason, delay)
                 await asyncio.sleep(delay)
                 try:
                     await self._reopen()
@@ -123,12 +125,20 @@ class Outlet:
             self.connection = None
         return reason
 
-    async def declare(self, wanted: Sequence[Declared]) -> None:
-        """Make what is not there, unless that was done already. Raises TransportError when it cannot be."""
+    async def declare(self, wanted: Sequence[Declared], timeout: float) -> None:
+        """Make what is not there, unless that was done already. Raises TransportError when it cannot be, or not within
+        `timeout` seconds: a broker that takes no messages answers nothing on the connection that has published."""
         if not all(one.name in self.known for one in wanted):
             if self.connection is None:
                 raise TransportError(f"RabbitMQ is out of reach: {self.trouble}")
-            problems = await declare(self.connection, wanted, passive=self._passive)
+            try:
+                async with asyncio.timeout(timeout):
+                    if self.trouble is not None:
+                        await self._free.wait()
+                    problems = await declare(self.connection, wanted, passive=self._passive)
+            except TimeoutError:
+                why = self.trouble or "it did not answer"
+                raise TransportError(f"{wanted[0].name!r} is not made within {timeout:g} s: {why}") from None
             if problems:
                 raise TransportError(problems[0])
             self.known.update(one.name for one in wanted)

@@ -61,6 +61,8 @@ class Suspects:
         self._copies = copies
         self._credit = credit
         self._receiver = receiver
+        self._taking = asyncio.Lock()  # two would be in hand at once, and one is blamed for the other
+        self._running: int | None = None  # the tag of the last one that was written down
         self._empty = asyncio.Event()  # nothing is in hand; it is asked while clearing
 
     def emptied(self) -> None:
@@ -76,6 +78,12 @@ class Suspects:
 
     async def write_down(self, message: Message[Any]) -> bool:
         """See the source's `suspect`."""
+        async with self._taking:
+            written = await self._write_down(message)
+            self._running = message.token if written else None
+        return written
+
+    async def _write_down(self, message: Message[Any]) -> bool:
         hand, tag = self._hand, message.token
         epoch = hand.epoch
         if message.scope != epoch or not hand.tags.is_open(tag):
@@ -143,8 +151,9 @@ class Suspects:
                     await self._empty.wait()
             await self._credit.quiet.wait()
             await self._receiver.give_back()
-            if self._receiver.receives:
-                await self._take(index)
+            async with self._taking:
+                if self._receiver.receives and self._running not in self._hand.held:
+                    await self._take(index)
         finally:
             self.clearing = False
             self._receiver.wake()

@@ -27,7 +27,7 @@ from msgspec import Struct
 from pika.exceptions import ChannelClosedByBroker
 
 from ..._decisions.topics import is_dead_letter_topic, is_pattern
-from ...errors import TransportError
+from ...errors import OptionError, TransportError
 from .wire import Channel, Connection
 
 log = logging.getLogger("sluiceway")
@@ -38,6 +38,7 @@ _NO_ORDER = (
     "that it has, and the others wait; to share it, empty it, stop the group's processes and delete it"
 )
 STEP = 0.1  # seconds: the lowest rung, and so what a delay may be late by
+_MOST_BYTES = 255  # of a name or routing key
 _RUNGS = 24
 HIGHEST = STEP * 2 ** (_RUNGS - 1)  # seconds, about 9 days; what waits longer goes through it again
 _RIPE = 0.5  # seconds; of RabbitMQ 3.10 those that were younger than some milliseconds had no leader ever after
@@ -75,6 +76,20 @@ class Names:
     def queue(self, group: str, topic: str) -> str:
         """Where messages of `topic` wait for `group`. All groups share the queue of a dead-letter topic."""
         return f"{self.exchange}|{topic}" if is_dead_letter_topic(topic) else f"{self.exchange}|{group}|{topic}"
+
+    def check(self, group: str, topic: str) -> None:
+        """Raises OptionError when the names of the queues of a topic are longer than AMQP allows; `group` is empty for
+        a topic that is published to."""
+        longest = suspects_of(self.queue(group, topic)) if group else self.queue("", topic)
+        size = len(longest.encode("utf-8", "surrogateescape"))
+        if not group and not is_dead_letter_topic(topic):  # it is a routing key
+            longest, size = topic, len(topic.encode("utf-8", "surrogateescape"))
+        if size > _MOST_BYTES:
+            what = f"the topic {topic!r}" + (f", the group {group!r}" if group else "")
+            raise OptionError(
+                f"{longest!r} has {size} bytes, and a name in AMQP has {_MOST_BYTES} at most; "
+                f"shorten {what} or the option exchange"
+            )
 
     def dead(self, topic: str) -> list[Declared]:
         """The queue of a dead-letter topic."""

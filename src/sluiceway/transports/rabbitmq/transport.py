@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any, Self
@@ -19,6 +20,8 @@ from .letters import Letter
 from .ordered import OrderedSource
 from .source import RabbitMQSource
 from .topology import Declared, declare
+
+_SHORT = 100  # characters: with an exchange's name of at most 100, no name is too long then
 
 
 class RabbitMQTransport:
@@ -86,7 +89,7 @@ class RabbitMQTransport:
             )
             findings.append(Finding("warning", text))
         for subscription in subscriptions:
-            _check(subscription)
+            self._check(subscription)
             if subscription.window < len(subscription.topics):
                 text = (
                     f"group {subscription.group!r} has {len(subscription.topics)} topics and a window of "
@@ -122,12 +125,17 @@ class RabbitMQTransport:
         self._check_sizes(messages)
         for message in messages:
             check_topic(message.topic, pattern=False)
+            if len(message.topic) > _SHORT:
+                self._hub.names.check("", message.topic)
         letters: list[Letter] = []
         sent: list[Outgoing] = []
         reasons: list[str] = []
         failed: list[Outgoing] = []
+        until = time.monotonic() + self._hub.timeout
         for message in messages:
             try:
+                if failed and time.monotonic() > until:
+                    raise TransportError(reasons[-1])
                 letters.append(await self._hub.letter(message))
                 sent.append(message)
             except (ValueError, TransportError) as error:
@@ -155,13 +163,25 @@ class RabbitMQTransport:
     async def subscribe(self, subscription: Subscription) -> RabbitMQSource:
         """Open a source. The group exists when this returns. Raises OptionError for a topic that cannot be, and
         Unsupported for a start at a time."""
-        _check(subscription)
+        self._check(subscription)
         self._hub.topics.setdefault(subscription.group, set()).update(subscription.topics)
         source = (RabbitMQSource if subscription.order_by is None else OrderedSource)(self._hub, subscription)
         await source.open()
         self._sources = [other for other in self._sources if not other.closed or other.kept]
         self._sources.append(source)
         return source
+
+    def _check(self, subscription: Subscription) -> None:
+        group = subscription.group
+        if isinstance(subscription.start, datetime):
+            raise Unsupported(
+                f"group {group!r} cannot start at a time: RabbitMQ keeps nothing for a group before it is made"
+            )
+        if not subscription.topics:
+            raise OptionError(f"the subscription of group {group!r} names no topic")
+        for topic in subscription.topics:
+            check_topic(topic, pattern=True)
+            self._hub.names.check(group, topic)
 
     # -- messages at rest
 
@@ -194,14 +214,3 @@ class RabbitMQTransport:
             kept = kept or source.kept
         self._sources.clear()
         await self._hub.close(kept=kept)
-
-
-def _check(subscription: Subscription) -> None:
-    if isinstance(subscription.start, datetime):
-        raise Unsupported(
-            f"group {subscription.group!r} cannot start at a time: RabbitMQ keeps nothing for a group before it is made"
-        )
-    if not subscription.topics:
-        raise OptionError(f"the subscription of group {subscription.group!r} names no topic")
-    for topic in subscription.topics:
-        check_topic(topic, pattern=True)

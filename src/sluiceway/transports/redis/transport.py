@@ -54,20 +54,7 @@ class RedisTransport:
             url, options = parse(url)
         if options:
             raise OptionError(f"RedisTransport: give {', '.join(options)} as arguments, or use from_url")
-        self.features = Features(
-            durable=True,
-            retains=True,
-            order="group",
-            delay="native",
-            atomic=True,
-            park=True,
-            release=True,
-            lease=True,
-            max_payload=max_payload,
-            wildcards=False,
-            browse=True,
-            backlog=True,
-        )
+        self.features = Features.all_but(max_payload=max_payload, wildcards=False)
         self._settings = url
         self._keys = Keys(prefix)
         self._limits = Limits(lease=lease, max_payload=max_payload, retention=retention)
@@ -155,14 +142,13 @@ class RedisTransport:
         return ("XADD", topic if group is None else self._keys.retry(topic, group), "*", *fields_of(message))
 
     def _check_sizes(self, messages: Sequence[Outgoing]) -> None:
-        limit = self.features.max_payload
-        large = [one for one in messages if len(one.body) > limit or len(one.headers) > MAX_HEADERS]
-        if large:
-            first = large[0]
+        self.features.check_sizes(messages)
+        many = [one for one in messages if len(one.headers) > MAX_HEADERS]
+        if many:
             raise PayloadTooLarge(
-                f"message {first.id} to {first.topic!r} has {len(first.body)} bytes and {len(first.headers)} headers; "
-                f"the limits are {limit} (max_payload) and {MAX_HEADERS}; nothing of the call was published",
-                large,
+                f"message {many[0].id} to {many[0].topic!r} has {len(many[0].headers)} headers and the limit is "
+                f"{MAX_HEADERS}; nothing of the call was published",
+                many,
             )
 
     async def subscribe(self, subscription: Subscription) -> RedisSource:

@@ -13,7 +13,7 @@ import apsw
 
 from ..._decisions.topics import check_topic
 from ...address import Convert, url_options
-from ...errors import OptionError, PayloadTooLarge, PublishError, TransportError
+from ...errors import OptionError, PublishError, TransportError
 from ...message import Outgoing, Stored
 from ...source import Subscription
 from ...transport import Features, Finding
@@ -59,20 +59,7 @@ class SQLiteTransport:
             raise OptionError(f"SQLiteTransport: path must name a file, got {name!r}; for memory there is memory://")
         self.path = os.path.realpath(name)
         self.lease = lease
-        self.features = Features(
-            durable=True,
-            retains=True,
-            order="group",
-            delay="native",
-            atomic=True,
-            park=True,
-            release=True,
-            lease=True,
-            max_payload=max_payload,
-            wildcards=True,
-            browse=True,
-            backlog=True,
-        )
+        self.features = Features.all_but(max_payload=max_payload)
         self._busy_timeout = busy_timeout
         self._open_thread: IOThread | None = None
         self._connecting = asyncio.Lock()
@@ -135,7 +122,7 @@ class SQLiteTransport:
         if not messages:
             return
         thread = self._thread
-        self._check_sizes(messages)
+        self.features.check_sizes(messages)
         try:
             await thread.run(lambda store: store.publish(messages), full=True)
         except apsw.ConstraintError as error:
@@ -143,17 +130,6 @@ class SQLiteTransport:
             raise PublishError.unconfirmed(messages, len(messages), text) from error
         except apsw.Error as error:
             raise PublishError.unconfirmed(messages, len(messages), explain(error, self.path)) from error
-
-    def _check_sizes(self, messages: Sequence[Outgoing]) -> None:
-        limit = self.features.max_payload
-        large = [message for message in messages if len(message.body) > limit]
-        if large:
-            first = large[0]
-            raise PayloadTooLarge(
-                f"message {first.id} to {first.topic!r} has a body of {len(first.body)} bytes and the limit is {limit} "
-                "(max_payload of the SQLite transport); nothing of the call was published",
-                large,
-            )
 
     async def subscribe(self, subscription: Subscription) -> SQLiteSource:
         """Open a source. The group exists when this returns. Raises OptionError for a topic that cannot be."""
