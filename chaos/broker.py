@@ -15,6 +15,7 @@ class Broker:
     """One broker over all of its cells; each cell has a topic of its own. Used as a context manager.
 
     - `is_server`: it runs elsewhere, and is spoken to through proxies.
+    - `rests`: seconds for which a message may rest at the broker that a process was interrupted with.
     - `forgets`: seconds of acks that are forgotten with a group that is deleted.
     - `hold`: seconds after which others get what a process holds that is no longer heard of.
     - `survives_kill`: the server itself comes back by itself after a SIGKILL.
@@ -26,6 +27,7 @@ class Broker:
 
     name: str
     hold: float
+    rests = 0.0
     forgets = 0.0
     is_server = True
     survives_kill = True

@@ -184,6 +184,7 @@ def _users(password: str) -> dict[str, Any]:
 class RabbitMQ(Broker):
     name = "rabbitmq"
     hold = 4.0  # two heartbeats
+    rests = 25.0
     deletes = frozenset({"topic"})
     fills = True
     locks_out = True

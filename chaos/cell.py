@@ -89,7 +89,7 @@ def run_cell(broker: Broker, fault: Fault, *, patience: float = PATIENCE, keep: 
                 counts = _count(site)
                 if counts[1]:  # what was handled and could not be acked waits here, and comes once more
                     site.start_worker()
-                    deadline = time.monotonic() + patience
+                    deadline = time.monotonic() + patience + broker.rests
                     while (counts := _count(site))[1] and time.monotonic() < deadline:
                         site.wait(0.3)
                     site.end_workers()
@@ -109,7 +109,7 @@ def _recover(site: Site, damage: Damage, patience: float) -> None:
     site.until("something new is handled", lambda: site.book.new_since(damage.over) is not None, patience)
     site.wait(AFTER)
     site.end_publisher()
-    site.until("all that was sent is handled", lambda: not _lost(site, damage), patience)
+    site.until("all that was sent is handled", lambda: not _lost(site, damage), patience + site.broker.rests)
     site.end_workers()
 
 

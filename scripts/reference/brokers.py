@@ -35,6 +35,7 @@ MEANINGS = {
     "wildcards": "topics of consumers may have `*` and `#`",
     "browse": "dead letters can be listed and replayed",
     "backlog": "the broker says how much waits",
+    "shares": "the processes of a group share its messages one by one; else each has whole partitions",
 }
 
 

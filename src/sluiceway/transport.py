@@ -31,6 +31,8 @@ class Features(Struct, frozen=True, kw_only=True):
     - `wildcards`: topics may be patterns.
     - `browse`: messages at rest can be read without consuming them.
     - `backlog`: the broker can say what waits.
+    - `shares`: the processes of a group share its messages one by one; else each has whole partitions, and others get
+      what is in them when it leaves or stands still.
     """
 
     durable: bool
@@ -45,6 +47,7 @@ class Features(Struct, frozen=True, kw_only=True):
     wildcards: bool
     browse: bool
     backlog: bool
+    shares: bool = True
 
     @classmethod
     def all_but(cls, *, max_payload: int, **lacking: Any) -> Self:

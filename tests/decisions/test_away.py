@@ -189,3 +189,13 @@ def test_each_key_is_handled_in_order_though_what_went_back_comes_at_any_time(se
     for key in range(3):
         assert [place for place in done if place % 3 == key] == list(range(key, 60, 3))
     assert (away.parked, away.overdue(1e9)) == (0, [])
+
+
+def test_all_that_are_away_tell_when_they_come() -> None:
+    away: Away[str] = Away()
+    for place, token in enumerate("abc"):
+        away.comes("k", place, token)
+    away.goes("b", 5.0)
+    away.parks("c", 7.0, behind_held=True)
+    assert away.dues() == [(1, 5.0), (2, 7.0)]
+    assert (away.first_due("k", 1.0), away.first_due("k", 6.0), away.first_due("other", 1.0)) == (5.0, 6.0, 1.0)

@@ -25,6 +25,7 @@ class KafkaBroker(Broker):
     moment = 0.4  # a member joins, and a record is fetched, in less
     step = 0.2
     tells_age = False
+    soon = 15.0
 
     def __init__(self, server: Kafka, proxy: Proxy | None = None) -> None:
         self.server = server

@@ -70,6 +70,45 @@ def test_nothing_that_is_shown_has_the_password() -> None:
     assert "s3cret" not in repr(vars(transport))
 
 
+async def test_a_name_that_is_longer_than_amqp_allows_is_refused_and_the_error_says_what_to_shorten(
+    broker: RabbitMQBroker,
+) -> None:
+    transport = RabbitMQTransport(broker.url())
+    await transport.connect()
+    try:
+        long = Subscription(topics=("t",), group="g" * 240, window=1)
+        for refusing in (transport.ensure([long], create=True), transport.subscribe(long)):
+            with pytest.raises(
+                OptionError, match=r"255 at most; shorten the topic 't', the group 'ggg.*' or the option"
+            ):
+                await refusing
+        with pytest.raises(OptionError, match="shorten the topic"):
+            await transport.publish([Outgoing("t" * 243 + ".g.dead", b"")])
+        await transport.ensure([Subscription(topics=("t" * 200,), group="g", window=1)], create=True)
+        await transport.publish([Outgoing("t" * 200, b"")])
+    finally:
+        await transport.aclose()
+
+
+@pytest.mark.slow
+async def test_a_broker_under_alarm_keeps_no_publish_waiting_for_longer_than_said(broker: RabbitMQBroker) -> None:
+    transport = RabbitMQTransport(broker.url() + "&timeout=1")
+    await transport.connect()
+    await transport.ensure([Subscription(topics=("t",), group="g", window=1)], create=True)
+    await asyncio.to_thread(broker.server.control, "set_vm_memory_high_watermark", "absolute", "1MB")
+    try:
+        with pytest.raises(PublishError):
+            while True:  # the server looks at its memory now and then
+                await transport.publish([Outgoing("t", b"")])
+        for message in (Outgoing("t", b""), Outgoing("t", b"", delay=3.0), Outgoing("t.g.dead", b"")):
+            async with asyncio.timeout(3):
+                with pytest.raises(PublishError, match="within 1 s: the broker takes no messages"):
+                    await transport.publish([message])
+    finally:
+        await asyncio.to_thread(broker.server.control, "set_vm_memory_high_watermark", "0.6")
+        await transport.aclose()
+
+
 # -- connecting --------------------------------------------------------------------------------------------------
 
 

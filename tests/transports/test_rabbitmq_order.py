@@ -229,6 +229,21 @@ async def test_what_a_drain_hands_back_is_in_its_place_and_blames_nobody(
             assert [(one.attempt, one.deliveries, one.suspect) for one in again] == [(1, 1, False)] * 297
 
 
+async def test_what_still_runs_on_a_thread_is_kept_and_the_rest_is_handed_to_the_next_process(
+    broker: RabbitMQBroker, transport: RabbitMQTransport
+) -> None:
+    first = await ordered(transport)
+    await publish(transport, b"runs", key="a")
+    await publish(transport, *numbered(3))
+    runs, held = await take(first, 2)
+    assert (runs.body, held.body) == (b"runs", b"0")
+    await first.aclose(keep=[runs])
+    async with connected(broker) as elsewhere:
+        again = await take(await ordered(elsewhere), 3)
+        assert bodies(again) == numbered(3)
+        assert not any(message.suspect for message in again)
+
+
 async def test_what_waits_for_its_retry_is_remembered_by_the_next_process(
     broker: RabbitMQBroker, transport: RabbitMQTransport
 ) -> None:
@@ -283,6 +298,7 @@ async def test_a_connection_that_breaks_blames_nobody_and_keeps_the_order(
     await until(lambda: len(source._hand.unsettled()) == 20)  # what is on its way is suspected
     await source.settle([], [Settlement(held[0], "retry", delay=1.0)])
     await source.settle([], [Settlement(message, "park") for message in held[1:]])
+    await source.flush()
     await broker.expire(source)
     again = await take(source, 20)
     assert bodies(again) == numbered(20)

@@ -75,6 +75,17 @@ async def test_a_strangers_message_is_welcome(kit: Kit) -> None:
     assert not await source.settle([again], [])
 
 
+@guarantee("G13", hooks="publish_raw")
+async def test_a_strangers_empty_id_is_none_so_that_no_two_messages_share_one(kit: Kit) -> None:
+    source = await kit.open("t")
+    for body in (b"a", b"b"):
+        await kit.broker.publish_raw("t", body, {envelope.ID: b""})
+    first, second = await kit.get(source, 2)
+    assert first.id
+    assert second.id
+    assert first.id != second.id
+
+
 @pytest.mark.parametrize("kind", POISON)
 @guarantee("G13", hooks="publish_raw")
 async def test_headers_that_cannot_be_read_wedge_nothing(kit: Kit, kind: str) -> None:

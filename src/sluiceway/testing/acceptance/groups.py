@@ -21,7 +21,7 @@ async def test_each_group_gets_every_message_once(kit: Kit) -> None:
     await kit.nothing(*sources)
 
 
-@guarantee("groups")
+@guarantee("groups", needs="shares")
 async def test_the_members_of_a_group_share_its_messages(kit: Kit) -> None:
     first, second = await kit.open("t"), await kit.open("t", client=await kit.client())
     await kit.publish("t", *numbered(100))

@@ -23,7 +23,7 @@ def quick(kit: Kit, attempts: int = 3) -> Retry:
     return Retry(attempts=attempts, base_delay=kit.step, multiplier=1, jitter=0)
 
 
-@guarantee("G1")
+@guarantee("G1", needs="shares")
 async def test_a_pipeline_leaves_to_others_what_its_window_has_no_room_for(kit: Kit) -> None:
     app, gate = kit.app(), asyncio.Event()
 

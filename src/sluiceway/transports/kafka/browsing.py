@@ -7,16 +7,15 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from ..._decisions.commit_metadata import NOTHING, decode
-from ..._decisions.offsets import Offsets
+from ..._decisions.commit_metadata import decode
 from ...errors import OptionError, TransportError
 from ...message import Stored
 from ...source import Backlog, Subscription
+from .partition import is_there
 from .settings import Settings
-from .topics import PATIENCE, Topics
+from .topics import PATIENCE, REMOVED, Topics, ends
 from .wire import read_record, retry_topic, topic_name
 
-REMOVED = "sluiceway-removed"  # the group whose offsets say what was removed: Kafka can delete no single record
 _PAGE = 200
 
 
@@ -46,11 +45,11 @@ class Shelf:
         return found
 
     def _read(self, consumer: Consumer, topic: str, where: TopicPartition, begin: int, most: int) -> list[Stored]:
-        low, high = consumer.get_watermark_offsets(where, timeout=PATIENCE)
+        low, high = ends(consumer, where)
         at = max(low, begin)
         if at >= high:
             return []
-        gone = self.removed(consumer, where)
+        gone = self._topics.removed(where)
         consumer.assign([TopicPartition(where.topic, where.partition, at)])
         found: list[Stored] = []
         while at < high and len(found) < most:
@@ -62,16 +61,9 @@ class Shelf:
                 raise KafkaException(error)
             offset = raw.offset() or 0
             at = offset + 1
-            if offset < high and _is_there(gone, offset):
+            if offset < high and is_there(gone, offset):
                 found.append(_stored(topic, where.partition, raw))
         return found
-
-    def removed(self, consumer: Consumer, where: TopicPartition) -> Offsets:
-        """Which offsets of a partition are removed: those that are finished."""
-        (found,) = consumer.committed([where], timeout=PATIENCE)
-        identity = self._identity(where)
-        told = decode(found.metadata, found.offset, identity)
-        return Offsets(0 if told is NOTHING else found.offset, told)
 
     def _identity(self, where: TopicPartition) -> str:
         return f"{self._topics.identities([where.topic])[where.topic]} {where.partition}"
@@ -93,8 +85,8 @@ class Shelf:
             consumer.close()
 
     def _remove(self, consumer: Consumer, where: TopicPartition, offsets: Sequence[int]) -> None:
-        low, high = consumer.get_watermark_offsets(where, timeout=PATIENCE)
-        gone = self.removed(consumer, where)
+        low, high = ends(consumer, where)
+        gone = self._topics.removed(where)
         begin = gone.position
         gone.take(range(begin, high))
         gone.finish(range(begin, low))
@@ -132,7 +124,7 @@ class Shelf:
         identity = self._topics.identities([name])[name]
         count = 0
         for one in consumer.committed(asked, timeout=PATIENCE):
-            low, high = consumer.get_watermark_offsets(TopicPartition(name, one.partition), timeout=PATIENCE)
+            low, high = ends(consumer, TopicPartition(name, one.partition))
             told = decode(one.metadata, one.offset, f"{identity} {one.partition}")
             finished = sum(length for length, known in told.runs if known is True)
             count += max(0, high - max(low, one.offset) - finished)
@@ -140,10 +132,6 @@ class Shelf:
 
     def _consumer(self, group: str) -> Consumer:
         return Consumer(self._settings.consumer(group))
-
-
-def _is_there(gone: Offsets, offset: int) -> bool:
-    return bool(gone.take([offset])) if offset >= gone.position else False
 
 
 def _stored(topic: str, partition: int, raw: Any) -> Stored:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from ..._decisions.commit_metadata import NOTHING, decode
 from ..._decisions.offsets import Offsets
+from ..._decisions.topics import is_dead_letter_topic
 from ...source import Start
 from .partition import Partition
-from .topics import PATIENCE, begin_at
-
-if TYPE_CHECKING:
-    from .member import Member
+from .topics import PATIENCE, Topics, begin_at
 
 log = logging.getLogger("sluiceway.kafka")
 
@@ -27,8 +24,27 @@ MOST_WAIT = 10.0  # seconds that a partition which is taken away may wait for wh
 _OURS = "sluiceway"  # how metadata begins that we wrote
 
 
+class Owner(Protocol):
+    """What is asked of the member."""
+
+    group: str
+    topics: Topics
+    consumer: Consumer
+    session_timeout: float
+    partitions: dict[tuple[str, int], Partition]
+    ended: bool
+
+    def place(self, name: str) -> tuple[str, bool, Start]: ...
+    def was_given(self, partitions: int) -> None: ...
+    def is_gone(self, p: Partition) -> None: ...
+    def tell_revoked(self, partitions: Sequence[Partition], seconds: float | None) -> None: ...
+    def settle_for(self, seconds: float) -> None: ...
+    def commit_all(self, partitions: Sequence[Partition]) -> None: ...
+    def has_trouble(self, what: str) -> None: ...
+
+
 class Joining:
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: Owner) -> None:
         self._member = member
         self._generations = count(1)
         self._met: set[str] = set()  # topics of which something was committed before
@@ -72,7 +88,10 @@ class Joining:
             first: Start = "earliest" if one.topic in self._met else start
             offset = begin_at(consumer, [one], {one.topic: first})[0][1]
         offsets = Offsets(offset, told)
-        return Partition(topic, one.topic, one.partition, next(self._generations), identity, offsets, retries=retries)
+        made = Partition(topic, one.topic, one.partition, next(self._generations), identity, offsets, retries=retries)
+        if is_dead_letter_topic(topic):
+            made.removed = self._member.topics.removed(TopicPartition(one.topic, one.partition))
+        return made
 
     def on_revoke(self, consumer: Consumer, taken: Sequence[TopicPartition]) -> None:
         """Let what runs finish, for a while, commit, and let go."""
@@ -122,11 +141,3 @@ class Joining:
             member.has_trouble(f"going on in {p.name}: {error}")
             return
         member.partitions[p.name, p.number] = new
-
-
-def run_in(loop: asyncio.AbstractEventLoop, make: Any) -> None:
-    """Start a coroutine in a loop, from another thread, and wait for nothing."""
-    try:
-        loop.call_soon_threadsafe(make)
-    except RuntimeError:  # the loop is closed: nobody is left to hear
-        log.debug("the event loop is closed")

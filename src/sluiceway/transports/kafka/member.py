@@ -18,9 +18,9 @@ from ..._decisions.backoff import reconnect_delay
 from ...errors import TransportError
 from ...message import Message
 from ...source import Start
-from .joining import Joining, run_in
-from .partition import Partition
-from .requests import Ask, Settling, Token, answer
+from .joining import Joining
+from .partition import Partition, is_there
+from .requests import Ask, Settling, Token, answer, run_in
 from .settings import Settings
 from .topics import Topics
 from .wire import Record, read_record
@@ -30,6 +30,7 @@ log = logging.getLogger("sluiceway.kafka")
 NAP = 0.05  # seconds for which nothing but a commit's end or a record is noticed
 PAUSE_AFTER = 0.1  # seconds without demand after which a partition is paused: that throws away what was fetched
 AHEAD = 1_000  # records that are read of a partition before anyone asks for them
+AHEAD_BYTES = 8 * 1024 * 1024  # and their bytes, by the largest body that came lately
 AT_ONCE = 500  # records that are read in one go
 
 Place = tuple[str, bool, Start]
@@ -65,6 +66,7 @@ class Member:
         self._largest = 64 * 1024  # bytes of the largest body that came lately
         self._nap = 0.001
         self._wanted_at = 0.0
+        self._polled_at = 0.0
         self._keep: frozenset[int] = frozenset()
         self.consumer = Consumer({**settings.consumer(group), "error_cb": self._on_error})
         self._thread = threading.Thread(target=self._run, name=f"sluiceway-kafka {group}", daemon=True)
@@ -216,8 +218,10 @@ class Member:
             return
         if missing:
             records = self.consumer.consume(min(missing, AT_ONCE, max(1, self._most_bytes // self._largest)), 0)
+        elif time.monotonic() - self._polled_at > NAP:
+            records = self._one(0)  # for what happens to the member; a record that comes along is kept
         else:
-            records = self._one(0)
+            records = []
         if not records and wait > 0 and not self._calls and not self.ended:
             if missing and not any(p.hand for p in self.partitions.values()):
                 records = self._one(min(wait, NAP))
@@ -230,6 +234,7 @@ class Member:
 
     def _one(self, seconds: float) -> list[Any]:
         record = self.consumer.poll(seconds)
+        self._polled_at = time.monotonic()
         return [] if record is None else [record]
 
     @property
@@ -259,12 +264,15 @@ class Member:
             self._wanted_at = now
         for p in self.partitions.values():
             if p.retries or p.topic in wanted:
-                pause = len(p.ready) >= AHEAD or p.blocked
+                pause = self._is_ahead(p) or p.blocked
             else:
-                pause = bool(p.ready) and (p.paused or now - self._wanted_at > PAUSE_AFTER or len(p.ready) >= AHEAD)
+                pause = bool(p.ready) and (p.paused or now - self._wanted_at > PAUSE_AFTER or self._is_ahead(p))
             if pause != p.paused and not p.leaving:
                 p.paused = pause
                 (self.consumer.pause if pause else self.consumer.resume)([TopicPartition(p.name, p.number)])
+
+    def _is_ahead(self, p: Partition) -> bool:
+        return len(p.ready) >= min(AHEAD, max(1, AHEAD_BYTES // self._largest))
 
     def _came(self, raws: Sequence[Any]) -> None:
         by_partition: dict[tuple[str, int], list[Record]] = {}
@@ -292,8 +300,8 @@ class Member:
     def _put(self, p: Partition, records: Sequence[Record]) -> None:
         now = time.time()
         for record in records:
-            group = record.envelope.group
-            if group is not None and group != self.group:
+            elsewhere = record.envelope.group not in (None, self.group)
+            if elsewhere or (p.removed is not None and not is_there(p.removed, record.offset)):
                 p.finish(record.offset)
             elif p.retries:
                 p.put(record, record.due if record.due > now else 0.0)

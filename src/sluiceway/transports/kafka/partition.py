@@ -43,6 +43,7 @@ class Partition:
         self.blocked = False  # there is no room in the metadata to tell more
         self.paused = False
         self.leaving = False  # it is being taken away: nothing more is handed out
+        self.removed: Offsets | None = None  # what was removed of dead letters
         self.committed: Commit | None = None
         self._in_hand_unnoted = 0
         self._told_window = 0  # as many were in hand without a note at the last commit
@@ -159,3 +160,8 @@ class Partition:
     def _uncount(self, offset: int) -> None:
         note = self.offsets.note(offset)
         self.offsets.write(offset, note._replace(deliveries=max(0, note.deliveries - 1)))
+
+
+def is_there(removed: Offsets, offset: int) -> bool:
+    """Whether a record was not removed. Asked for one after the other, upwards."""
+    return offset >= removed.position and bool(removed.take((offset,)))

@@ -120,9 +120,9 @@ class Publisher:
         refused = await self._send(parcels)
         failed = [one for one, why in zip(messages, refused, strict=True) if why is not None]
         if failed:
-            for one, why in zip(parcels, refused, strict=True):
-                if why is not None and why.code() in _GONE:
-                    self._topics.forget(one.name)
+            for parcel, refusal in zip(parcels, refused, strict=True):
+                if refusal is not None and refusal.code() in _GONE:
+                    self._topics.forget(parcel.name)
             raise PublishError.unconfirmed(failed, len(messages), next(filter(None, refused)).str())
 
     async def _send(self, parcels: Sequence[Parcel]) -> Sequence[KafkaError | None]:
@@ -145,8 +145,9 @@ class Publisher:
         """What is under way gets some seconds. Idempotent."""
         self._ended = True
         await asyncio.to_thread(self._thread.join)
+        self.__dict__.pop("_producer", None)  # with the last reference its connections go
 
 
 def _size(parcel: Parcel) -> int:
-    headers = sum(len(name) + len(value) + 8 for name, value in parcel.headers)
+    headers = sum(len(name) + len(value or b"") + 8 for name, value in parcel.headers)
     return len(parcel.body) + len(parcel.key or b"") + headers + 128

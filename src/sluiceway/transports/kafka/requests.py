@@ -55,3 +55,11 @@ def answer(future: asyncio.Future[Any], result: Any) -> Callable[[], None]:
             future.set_result(result)
 
     return give
+
+
+def run_in(loop: asyncio.AbstractEventLoop, make: Any) -> None:
+    """Start a coroutine in a loop, from another thread, and wait for nothing."""
+    try:
+        loop.call_soon_threadsafe(make)
+    except RuntimeError:  # the loop is closed: nobody is left to hear
+        return

@@ -73,10 +73,15 @@ class KafkaSource:
             self._ask = None
             if not ask.answer.done():
                 ask.answer.cancel()
-        if self.member.ended and not (messages or self._stopped or self.closed):
-            raise TransportError(f"the member of group {self.subscription.group!r} has ended: {self.member.trouble}")
+        if not messages:
+            self._check_member()
         self._held.update((message.token, message) for message in messages)
         return messages
+
+    def _check_member(self) -> None:
+        """Raise TransportError when nothing came since the member's thread has failed."""
+        if self.member.ended and not (self._stopped or self.closed):
+            raise TransportError(f"the member of group {self.subscription.group!r} has ended: {self.member.trouble}")
 
     def _withdraw(self) -> None:
         ask = self._ask
@@ -183,8 +188,10 @@ class KafkaSource:
         """Write down that the message is suspected. False: it is not ours any more. Raises TransportError."""
         if message.token not in self._held or self.member.ended:
             return False
-        note = Note(message.deliveries, message.failures,
-                    suspicions_now(message.deliveries, message.failures, message.suspicions))  # fmt: skip
+        suspicions = suspicions_now(message.deliveries, message.failures, message.suspicions)
+        note = Note(
+            1 + message.failures + suspicions, message.failures, suspicions
+        )  # which explains every death so far
         token: Token = message.token
 
         def write() -> None:
@@ -195,7 +202,7 @@ class KafkaSource:
         self.member.call(write)
         if await self._commit([(token, False)]):
             return False
-        message.suspicions, message.suspect = note.suspicions, False
+        message.deliveries, message.suspicions, message.suspect = note.deliveries, suspicions, False
         return True
 
     async def flush(self) -> None:

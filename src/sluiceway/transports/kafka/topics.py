@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -11,12 +12,16 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollectio
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from ..._decisions.commit_metadata import NOTHING, decode
+from ..._decisions.offsets import Offsets
 from ...errors import TransportError
 from ...source import Start
 from .settings import Settings
 
 PATIENCE = 10.0  # seconds that one question to the brokers may take
+REMOVED = "sluiceway-removed"  # the group whose offsets say what was removed: Kafka can delete no single record
 _FOREVER = {"retention.ms": "-1", "cleanup.policy": "delete"}
+_SOON = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.UNKNOWN_TOPIC_OR_PART)
 _SELDOM = ("retry", "dead")  # last words of topics whose records nobody but us may end
 
 
@@ -102,6 +107,21 @@ class Topics:
         finally:
             consumer.close()
 
+    def removed(self, where: TopicPartition) -> Offsets:
+        """Which offsets of a partition were removed: those that are finished. Raises TransportError."""
+        identity = self.identities([where.topic])[where.topic]
+        consumer = Consumer(self._settings.consumer(REMOVED))
+        try:
+            (found,) = self._ask(lambda: consumer.committed([where], timeout=PATIENCE))
+        finally:
+            consumer.close()
+        told = decode(found.metadata, found.offset, f"{identity} {where.partition}")
+        return Offsets(0 if told is NOTHING else found.offset, told)
+
+    def close(self) -> None:
+        """Give up the connections. Nothing may be asked any more."""
+        del self._admin
+
     def delete_before(self, offsets: Sequence[TopicPartition]) -> None:
         """Free the records below these offsets."""
         for future in self._admin.delete_records(list(offsets), request_timeout=PATIENCE).values():
@@ -114,13 +134,27 @@ class Topics:
             raise TransportError(f"{self._settings.where()} does not say: {_text(error)}") from error
 
 
+def ends(consumer: Consumer, where: TopicPartition) -> tuple[int, int]:
+    """The first offset of a partition and the one after its last. One that was just made, or whose leader moves, has
+    some time to have a leader. Raises KafkaException."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            low, high = consumer.get_watermark_offsets(where, timeout=PATIENCE)
+            return low, high
+        except KafkaException as error:
+            if error.args[0].code() not in _SOON or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 def begin_at(
     consumer: Consumer, asked: Sequence[TopicPartition], starts: Mapping[str, Start]
 ) -> list[tuple[TopicPartition, int]]:
     """The offsets at which to begin. Raises KafkaException."""
     found: list[tuple[TopicPartition, int]] = []
     for one in asked:
-        low, high = consumer.get_watermark_offsets(one, timeout=PATIENCE)
+        low, high = ends(consumer, one)
         start = starts.get(one.topic, "earliest")
         offset = high if start == "latest" else low
         if isinstance(start, datetime):

@@ -58,6 +58,7 @@ class KafkaTransport:
         self.features = Features(
             durable=True, retains=True, order="none", delay="topic", atomic=False, park=False, release=True,
             lease=False, max_payload=self._settings.max_payload, wildcards=False, browse=True, backlog=True,
+            shares=False,
         )  # fmt: skip
 
     @classmethod
@@ -209,6 +210,7 @@ class KafkaTransport:
         publisher, self._publisher = self._publisher, None
         if publisher is not None:
             await publisher.aclose()
+            self._topics.close()
 
 
 def _missing(name: str) -> Finding:

@@ -22,7 +22,7 @@ _OURS = (ODD, DUE, DELIVERIES)
 
 _TOPIC = re.compile(r"[A-Za-z0-9._\-]{1,249}")
 
-Headers = list[tuple[str, str | bytes | None]]
+Headers = list[tuple[str, str | bytes | None]]  # as confluent-kafka takes them: the values are bytes
 
 
 def topic_name(prefix: str, topic: str) -> str:

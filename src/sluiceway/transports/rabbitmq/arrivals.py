@@ -12,7 +12,7 @@ from .hand import Hand
 from .hub import Hub
 from .inlet import SUSPECTS
 from .letters import open_letter
-from .wire import Delivery
+from .wire import Delivery, queue_of
 
 _TAKEN = SUSPECTS.encode()
 
@@ -36,12 +36,11 @@ class Arrivals:
         suspected = False
         for delivery in deliveries:
             taken = delivery[5].endswith(_TAKEN)
-            index = queue_of(delivery)
             inbound = open_letter(delivery, hand.epoch, self._explain(delivery, taken=taken))
             message = inbound.message
             if inbound.probe is not None:
                 unwanted.append(delivery[0])
-                hand.probed(inbound.probe, index)
+                hand.probed(inbound.probe, queue_of(delivery))
                 continue
             if inbound.alone is not None:
                 hand.alone[delivery[0]] = inbound.alone
@@ -51,9 +50,9 @@ class Arrivals:
                 unwanted.append(delivery[0])
             elif inbound.due and (left := inbound.due - time.time()) > 0.001:
                 early.append(Settlement(message, "release", delay=left))
-                hand.climbs(message, index, inbound.place, inbound.due)
+                hand.climbs(message, queue_of(delivery), inbound.place, inbound.due)
             else:
-                hand.arrived(message, index, inbound.place)
+                hand.arrived(message, delivery, inbound.place)
                 suspected = suspected or message.suspect
         if unwanted:
             hand.acknowledge(unwanted)
@@ -71,8 +70,3 @@ class Arrivals:
     def _is_another_queues(self, delivery: Delivery, message: Message[Any]) -> bool:
         """Whether a better pattern of this group, that we know of, has the message too."""
         return self._hub.best_queue(self._group, message.topic) not in (None, self._queues[queue_of(delivery)])
-
-
-def queue_of(delivery: Delivery) -> int:
-    """The number of the queue that a delivery came from, among those of its source."""
-    return int(delivery[5].partition(b".")[0])

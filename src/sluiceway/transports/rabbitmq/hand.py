@@ -13,6 +13,7 @@ from .hub import Hub
 from .inlet import Inlet
 from .letters import Letter
 from .tags import Tags
+from .wire import Delivery
 
 _REMEMBERED = 10_000  # ids of messages that were lost with a connection
 _GONE = "its channel has ended, and the broker hands the message out again"
@@ -56,8 +57,8 @@ class Hand:
         """All that are in hand."""
         return [*self.buffer, *self.held.values()]
 
-    def arrived(self, message: Message[Any], queue: int, place: int | None) -> None:
-        """A message came from the queue of this number; `place` is that of a copy whose key is in order."""
+    def arrived(self, message: Message[Any], delivery: Delivery, place: int | None) -> None:
+        """A message came; `place` is that of a copy whose key is in order."""
         self.buffer.append(message)
 
     def climbs(self, message: Message[Any], queue: int, place: int | None, due: float) -> None:

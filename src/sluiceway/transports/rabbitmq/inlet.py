@@ -15,14 +15,14 @@ from pika.spec import Basic
 from ..._decisions.backoff import reconnect_delay
 from ...errors import TransportError
 from .topology import Declared, declare, suspects_of
-from .wire import Channel, Connection, Delivery
+from .wire import Channel, Connection, Delivery, outage_level
 
 log = logging.getLogger("sluiceway")
 
 SUSPECTS = "suspects"  # in the place of a consumer's number: what was taken from the suspects of a queue
-# Seconds without a push after which a consumer is cancelled. Nothing on the wire says that a queue has pushed all that it
-# may: cancel-ok comes behind what the channel has sent, and what it had not sent yet is taken back and counted. So this
-# makes that rare, and `Hub.was_taken_back` explains the rest.
+# Seconds without a push after which a consumer is cancelled. Nothing on the wire says that a queue has pushed all that
+# it may: cancel-ok comes behind what the channel has sent, and what it had not sent yet is taken back and counted. So
+# this makes that rare, and `Hub.was_taken_back` explains the rest.
 _SILENCE = 0.03
 
 
@@ -265,11 +265,6 @@ class Inlet:
 
     def __repr__(self) -> str:
         return ", ".join(self.queues)
-
-
-def outage_level(tries: int) -> int:
-    """How loud to tell of one more try to connect: one outage is told of at growing distances."""
-    return logging.DEBUG if tries & (tries - 1) else logging.WARNING
 
 
 def _unused(*_: Any) -> None:

@@ -144,6 +144,18 @@ class Order:
     def _is_away(self, place: int) -> bool:
         return place not in self._here and place in self._entries
 
+    def free(self, busy: set[str | None]) -> list[Message[Any]]:
+        """Take those out of the room that wait for nothing: their keys are not `busy`, and nothing of them is away."""
+        busy = busy | {key for key, _, _ in self._all_away()}
+        places = sorted(self.places[tag] for tag, message in self.room.items() if message.key not in busy)
+        for key, place in self._away.overdue(math.inf):
+            if place not in self._entries:
+                self._away.forgets(key, place)
+        found = [self.room.pop(self._here[place]) for place in places]
+        for message, place in zip(found, places, strict=True):
+            self._away.forgets(message.key, place)
+        return found
+
     # -- too many wait
 
     def crowd(self, busy: set[str | None], most: int) -> list[Message[Any]]:

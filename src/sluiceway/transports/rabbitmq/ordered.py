@@ -15,7 +15,6 @@ from pika.spec import BasicProperties
 
 from ...errors import TransportError
 from ...message import Message, Settlement, new_id
-from .arrivals import queue_of
 from .copies import Copies
 from .credit import Credit
 from .hand import Hand
@@ -24,7 +23,7 @@ from .order import read, write
 from .ordered_hand import OrderedCredit, OrderedHand
 from .source import RabbitMQSource
 from .topology import record_of, suspects_of
-from .wire import Delivery
+from .wire import Delivery, queue_of
 
 log = logging.getLogger("sluiceway")
 
@@ -201,6 +200,10 @@ class OrderedSource(RabbitMQSource):
         self.listed, self._running = True, {message.token}
         await self.remember(set(self._known))
 
+    def runs(self, tag: int) -> None:
+        """A suspect runs alone under this tag: it is not written down that no process dies with it."""
+        self._running.add(tag)
+
     # -- what takes too long
 
     async def _watch(self) -> None:
@@ -220,6 +223,10 @@ class OrderedSource(RabbitMQSource):
         order = self._hand.order
         there = {queue: {place for place, *_ in order.record(queue)} | set(self._hand.lost) for queue in self._known}
         await self.remember({queue for queue, named in self._known.items() if named - there.get(queue, set())})
+        freed = order.free({one.key for one in (*self._hand.held.values(), *self._hand.chosen, *self._hand.buffer)})
+        if freed:
+            self._hand.buffer[:0] = freed
+            self.settled()
         late: dict[int, list[tuple[str, int]]] = {}
         for key, place, queue in order.overdue():
             late.setdefault(queue, []).append((key, place))
@@ -251,7 +258,7 @@ class OrderedSource(RabbitMQSource):
         """Send away what waits for what is away, where so much does that the broker pushes nothing else."""
         hand, most = self._hand, max(1, self._ahead // 2)
         if len(hand.order.room) >= most and not self._relieving and not self.leaving:
-            busy = {one.key for one in (*hand.held.values(), *hand.buffer)}
+            busy = {one.key for one in (*hand.held.values(), *hand.chosen, *hand.buffer)}
             crowd = hand.order.crowd(busy, most)
             if crowd:
                 self._relieving = True
@@ -294,7 +301,7 @@ class OrderedSource(RabbitMQSource):
             await self.flush()
         if kept:
             await self._hub.io.run(self._inlet.leave(hand.epoch))
-            tags = [one.token for one in hand.unsettled() if one.token not in kept]
+            tags = sorted(one.token for one in hand.unsettled() if one.token not in kept)
             self._hub.io.call(self._inlet.put_back, hand.epoch, tags)
 
 

@@ -16,6 +16,7 @@ from .hand import Hand
 from .hub import Hub
 from .inlet import Inlet
 from .order import Order, untouched
+from .wire import Delivery, queue_of
 
 
 class Keeper(Protocol):
@@ -26,6 +27,7 @@ class Keeper(Protocol):
     """There are, or were just now, suspects; what is handed out must be prepared."""
 
     def settled(self) -> None: ...
+    def runs(self, tag: int) -> None: ...
     def prepare(self, demand: int, max_bytes: int) -> None: ...
     def relieve(self) -> None: ...
     def probed(self, probe: str, queue: int) -> None: ...
@@ -61,9 +63,9 @@ class OrderedHand(Hand):
         self.chosen.clear()
         self._copies.places.clear()
 
-    def arrived(self, message: Message[Any], queue: int, place: int | None) -> None:
+    def arrived(self, message: Message[Any], delivery: Delivery, place: int | None) -> None:
         if message.key is not None:
-            place = self.order.came(message, queue, place)
+            place = self.order.came(message, queue_of(delivery), place)
             if place is None:  # a process died as it sent a copy
                 self.acknowledge([message.token])
                 return
@@ -82,6 +84,7 @@ class OrderedHand(Hand):
 
     def hold(self, message: Message[Any]) -> None:
         super().hold(message)
+        self.source.runs(message.token)
         self.order.takes(message)
         self.order.room.pop(message.token, None)
 

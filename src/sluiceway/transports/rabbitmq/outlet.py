@@ -13,10 +13,9 @@ from pika.exceptions import AMQPError
 
 from ..._decisions.backoff import reconnect_delay
 from ...errors import ConnectError, TransportError
-from .inlet import outage_level
 from .letters import Letter
 from .topology import Declared, declare
-from .wire import Channel, Connection
+from .wire import Channel, Connection, outage_level
 
 log = logging.getLogger("sluiceway")
 

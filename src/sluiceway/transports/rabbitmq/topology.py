@@ -81,9 +81,9 @@ class Names:
         """Raises OptionError when the names of the queues of a topic are longer than AMQP allows; `group` is empty for
         a topic that is published to."""
         longest = suspects_of(self.queue(group, topic)) if group else self.queue("", topic)
+        if not group and not is_dead_letter_topic(topic):
+            longest = topic  # its routing key
         size = len(longest.encode("utf-8", "surrogateescape"))
-        if not group and not is_dead_letter_topic(topic):  # it is a routing key
-            longest, size = topic, len(topic.encode("utf-8", "surrogateescape"))
         if size > _MOST_BYTES:
             what = f"the topic {topic!r}" + (f", the group {group!r}" if group else "")
             raise OptionError(

@@ -8,6 +8,7 @@ and each rejection counts against the message; here that arrives like all the re
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from struct import Struct
 from typing import Any, TypeVar
@@ -177,6 +178,16 @@ async def connect(parameters: pika.ConnectionParameters, place: str) -> Connecti
     except Exception as error:
         raise ConnectError(f"cannot connect to RabbitMQ at {place}: {explain(error)}") from None
     return connection
+
+
+def queue_of(delivery: Delivery) -> int:
+    """The number of the queue that a delivery came from, among those of its source."""
+    return int(delivery[5].partition(b".")[0])
+
+
+def outage_level(tries: int) -> int:
+    """How loud to tell of one more try to connect: one outage is told of at growing distances."""
+    return logging.DEBUG if tries & (tries - 1) else logging.WARNING
 
 
 def explain(error: BaseException) -> str:
