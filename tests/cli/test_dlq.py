@@ -182,6 +182,14 @@ def test_replay_to_a_topic_reaches_every_group_of_it(sluiceway: Command) -> None
     assert [one.id for one in waiting("audit")] == ["id-1"]
 
 
+def test_replay_to_a_misspelt_topic_is_refused_and_nothing_is_lost(sluiceway: Command) -> None:
+    publish(letter(1))
+    code, _, errors = sluiceway("dlq", "replay", "payments", "--to", "payments.creatd", "--yes")
+    assert code != 0
+    assert "did you mean 'payments.created'? Nothing was replayed" in errors
+    assert [one.id for one in stored(DEAD)] == ["id-1"]
+
+
 def test_replay_takes_ids_and_limits(sluiceway: Command) -> None:
     publish(*map(letter, range(5)))
     sluiceway("dlq", "replay", "payments", "--yes", "--id", "id-3")

@@ -77,3 +77,41 @@ def test_a_pipeline_that_holds_nothing_stops_at_once() -> None:
         return time.monotonic() - began
 
     assert asyncio.run(main()) < 5
+
+
+def test_after_a_renewal_that_failed_the_next_is_soon_and_later_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    wait = threading.Event.wait
+
+    def waited(event: threading.Event, timeout: float | None = None) -> bool:
+        if timeout is not None and threading.current_thread().name.endswith("leases"):
+            pauses.append(timeout)
+            timeout = 0.001
+        return wait(event, timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", waited)
+    monkeypatch.setattr(leases, "draw", lambda: 1.0)
+
+    class Flaky(Renewals):
+        fourth = threading.Event()
+
+        def renew(self, tokens: Sequence[Any]) -> Sequence[Any]:
+            super().renew(tokens)
+            if len(self.renewed) == 1:
+                raise ConnectionError("out of reach")
+            if len(self.renewed) == 4:
+                self.fourth.set()
+            return ()
+
+    async def main() -> None:
+        broker, renewals = Broker(*bodies(1)), Flaky()
+        broker.lease, broker.renewer = 30.0, lambda: renewals
+
+        async def handle(message: Message[bytes]) -> None:
+            await asyncio.to_thread(renewals.fourth.wait, 10)
+
+        async with running(Pipeline(broker.open, handle), broker):
+            await broker.settled(1)
+
+    asyncio.run(main())
+    assert pauses[:4] == [10.0, 1.0, 10.0, 10.0]

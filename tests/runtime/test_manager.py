@@ -240,7 +240,8 @@ async def test_what_all_consumers_need_is_made_in_one_call_before_any_of_them_st
     running = two.app.running()
     starting = asyncio.create_task(running.__aenter__())
     await asyncio.sleep(1)
-    assert two.transport.ensured == [["a", "b"]] and not two.transport.opened
+    assert two.transport.ensured == [["a", "b"]]
+    assert not two.transport.opened
     two.transport.ensuring.set()
     manager = await starting
     await manager.restart("b")

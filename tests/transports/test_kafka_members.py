@@ -103,7 +103,7 @@ async def test_before_a_message_is_in_anyones_hand_the_broker_knows_how_many_may
     await publish(transport, "t", 10)
     await get(source, 4)
     offset, metadata = watermark(server, prefix)
-    (log,) = (p.log for p in source.member.partitions.values() if p.name == f"{prefix}t")
+    (log,) = (p.log for p in source.member.books.partitions.values() if p.name == f"{prefix}t")
     assert decode(metadata, offset, log).window == 4
 
 

@@ -90,6 +90,11 @@ async def test_a_name_that_is_longer_than_amqp_allows_is_refused_and_the_error_s
         await transport.aclose()
 
 
+async def publish_on(transport: RabbitMQTransport) -> None:
+    while True:
+        await transport.publish([Outgoing("t", b"")])
+
+
 @pytest.mark.slow
 async def test_a_broker_under_alarm_keeps_no_publish_waiting_for_longer_than_said(broker: RabbitMQBroker) -> None:
     transport = RabbitMQTransport(broker.url() + "&timeout=1")
@@ -98,8 +103,7 @@ async def test_a_broker_under_alarm_keeps_no_publish_waiting_for_longer_than_sai
     await asyncio.to_thread(broker.server.control, "set_vm_memory_high_watermark", "absolute", "1MB")
     try:
         with pytest.raises(PublishError):
-            while True:  # the server looks at its memory now and then
-                await transport.publish([Outgoing("t", b"")])
+            await publish_on(transport)  # the server looks at its memory now and then
         for message in (Outgoing("t", b""), Outgoing("t", b"", delay=3.0), Outgoing("t.g.dead", b"")):
             async with asyncio.timeout(3):
                 with pytest.raises(PublishError, match="within 1 s: the broker takes no messages"):

@@ -266,3 +266,17 @@ async def test_a_server_that_is_killed_and_started_again_loses_nothing(tmp_path:
         await transport.aclose()
     finally:
         server.kill()
+
+
+async def test_outputs_of_which_one_has_no_way_do_not_cost_the_message_when_it_is_given_back(
+    broker: RabbitMQBroker, transport: RabbitMQTransport
+) -> None:
+    source, out = await opened(transport), await opened(transport, "out")
+    await transport.publish([Outgoing("t", b"1")])
+    (message,) = await take(source, 1)
+    outputs = (Outgoing("out", b"a"), Outgoing("nobody", b"b"))
+    (refused,) = await source.settle([], [Settlement(message, "ack", outputs=outputs)])
+    assert refused.kind == "rejected"
+    assert [one.body for one in await take(out, 1)] == [b"a"]
+    await source.aclose()  # gives back what is unsettled
+    assert [one.body for one in await take(await opened(transport), 1)] == [b"1"]

@@ -98,6 +98,7 @@ def test_what_waits_for_nothing_is_freed_in_its_order() -> None:
         assert not order.takes(message(tag))
     assert order.free(set()) == []
     assert order.came(message(5), 0, 5) == 5
+    assert order.takes(message(5))
     assert order.free({"k"}) == []
     freed = order.free(set())
     assert [one.token for one in freed] == [6, 7]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sluiceway.source import Subscription
 from tests.servers.redis import RedisServer
 from tests.transports.redis_kit import (
     LEASE,
+    SOON,
     bodies,
     connected,
     get,
@@ -319,3 +321,55 @@ async def test_a_source_tells_its_trouble_and_its_recovery(
         assert "receiving from ['t']: " in caplog.text
         assert "trying again in" in caplog.text
         assert "receiving from ['t'] again, after" in caplog.text
+
+
+async def test_a_group_from_the_latest_whose_keys_are_gone_gets_all_that_was_published_since(
+    redis_server: RedisServer,
+) -> None:
+    async with connected(redis_server) as transport:
+        source = await subscribe(transport, "latest", start="latest")
+        await publish(transport, "latest", b"before")
+        assert not await source.settle(await get(source, 1), [])
+        waiting = asyncio.create_task(source.receive(10))
+        await asyncio.sleep(LEASE / 3)
+        await asyncio.to_thread(redis_server.ask, "FLUSHALL")
+        await publish(transport, "latest", b"1", b"2")
+        async with asyncio.timeout(SOON):
+            found = list(await waiting)
+            while len(found) < 2:
+                found += await source.receive(10)
+        assert bodies(found) == [b"1", b"2"]
+
+
+async def test_a_stream_that_was_deleted_is_received_from_its_beginning_though_its_ids_are_lower(
+    redis_server: RedisServer,
+) -> None:
+    async with connected(redis_server) as transport:
+        far = f"{int(time.time() * 1000) + 86_400_000}-0"  # a clock that was a day ahead; or another program's ids
+        await asyncio.to_thread(redis_server.ask, "XADD", "lower", far, "body", "old")
+        source = await subscribe(transport, "lower")
+        assert not await source.settle(await get(source, 1), [])
+        waiting = asyncio.create_task(source.receive(10))
+        async with asyncio.timeout(SOON):
+            while await asyncio.to_thread(redis_server.ask, "GET", "sluiceway:floor:{lower}:g") != far.encode():
+                await asyncio.sleep(0.05)  # noqa: ASYNC110  # the server tells nobody
+            await asyncio.to_thread(redis_server.ask, "DEL", "lower")
+            await publish(transport, "lower", b"new")
+            found = list(await waiting)
+            while not found:
+                found = list(await source.receive(10))
+        assert bodies(found) == [b"new"]
+
+
+async def test_a_group_that_began_at_a_time_and_has_read_nothing_yet_has_its_topic_trimmed_all_the_same(
+    redis_server: RedisServer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with connected(redis_server) as transport:
+        source = await subscribe(transport, "timed", start=datetime.now(UTC) - timedelta(hours=1))
+        waiting = asyncio.create_task(source.receive(10))
+        await asyncio.sleep(LEASE)
+        assert source.status().state == "running"
+        assert [record.getMessage() for record in caplog.records] == []
+        source.stop()
+        await waiting

@@ -46,7 +46,9 @@ class LeaseKeeper:
 
     def _run(self, make: Callable[[], Renewer], interval: float) -> None:
         renewer: Renewer | None = None
-        while self.needed.wait() and not self._stop.wait(interval * (0.8 + 0.2 * draw())):
+        pause = interval
+        while self.needed.wait() and not self._stop.wait(pause * (0.8 + 0.2 * draw())):
+            pause = interval
             held = list(self.settler.held)  # one step of C code, so the loop cannot change the set meanwhile
             if not held:
                 self.needed.clear()
@@ -62,7 +64,7 @@ class LeaseKeeper:
                 if renewer is not None:
                     renewer.close()
                 renewer = None
-                interval = min(interval, 1.0)
+                pause = min(interval, 1.0)
                 continue
             if lost:
                 self._tell([message for message in held if message.token in lost])

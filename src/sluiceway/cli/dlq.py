@@ -11,7 +11,7 @@ from typing import Any
 import click
 import msgspec
 
-from .._decisions.topics import check_topic
+from .._decisions.topics import check_topic, matches
 from ..app import App
 from ..errors import PublishError
 from .dead import Chosen, Letter, batches, choose, read, replay, there, topics_of
@@ -19,7 +19,7 @@ from .exits import GAVE_UP, Fault
 from .find import check_shared, find_broker
 from .progress import Bar
 from .show import Detail, letter_text, table_of
-from .words import ask, clean, many
+from .words import ask, clean, many, nearest
 
 WHERE = """\b
 TOPIC is a dead-letter topic (payments.shop.dead), a consumer's name, or the
@@ -177,6 +177,8 @@ def replay_(
     if to is not None:
         check_topic(to, pattern=False)
     app, wanted = _target(topic, url, reference, group, exact)
+    if to is not None:
+        _refuse_misspelt(app, to)
 
     async def work(topics: tuple[str, ...]) -> None:
         if to in topics:
@@ -200,6 +202,17 @@ def replay_(
             raise click.exceptions.Exit(GAVE_UP)
 
     _run(app, wanted, work)
+
+
+def _refuse_misspelt(app: App, to: str) -> None:
+    """A replay deletes what it has published: it is not put where perhaps nobody looks."""
+    read = [name for one in app.consumers.values() for name in one.topics]
+    near = None if any(matches(pattern, to) for pattern in read) else nearest(to, read)
+    if near is not None:
+        raise Fault(
+            f"no consumer of the app reads {to!r}; did you mean {near!r}? Nothing was replayed. "
+            "If you do mean it, give --url instead of the app"
+        )
 
 
 async def _replay(app: App, chosen: Chosen, to: str | None, as_json: bool) -> None:

@@ -21,6 +21,8 @@ def configure(level: str, *, console: Console | None = None, worker: Lifeline | 
     """
     root = logging.getLogger()
     root.setLevel(level.upper())
+    if level != "debug":
+        logging.getLogger("pika").setLevel(logging.WARNING)  # it tells of each step of each connection
     if root.handlers:
         return
     root.addHandler(_plain(worker) if console is None else _rich(console))

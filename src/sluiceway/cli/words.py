@@ -50,9 +50,14 @@ def heading(text: str) -> str:
 
 def hint(what: str, name: str, known: Iterable[str]) -> None:
     """Say on standard error that `name` looks like a misspelt one of `known`; nothing when it does not."""
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
-    if near:
-        click.echo(f"{what}; did you mean {near[0]!r}?", err=True)
+    near = nearest(name, known)
+    if near is not None:
+        click.echo(f"{what}; did you mean {near!r}?", err=True)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` looks like a misspelling of; None when there is none."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)), None)
 
 
 def ask(question: str, *, yes: bool) -> bool:

@@ -3,11 +3,14 @@
 transport.py    KafkaTransport: connect, ensure, publish, subscribe, browse, remove
 source.py       KafkaSource: receives from a member, and says how it is
 member.py       one member of a group: the thread that alone touches its consumer
-joining.py      what it is given and what is taken away: begins, hands over, commits
+books.py        who asks, what is handed out and settled, what is committed of that
+reading.py      reads by demand, pauses and resumes
+joining.py      what it is given and what is taken away: begins, hands over
 partition.py    a partition that is ours: what has come, what is in hand, what is finished
 requests.py     what the event loop asks of the thread
 publishing.py   publishes, confirmed
-topics.py       topics, where groups begin, what was removed
+topics.py       topics, where groups begin
+browsing.py     what rests in topics: shown, removed, counted
 wire.py         records and messages
 settings.py     options, URLs, what the client is told
 

@@ -14,6 +14,7 @@ from ..._decisions.commit_metadata import NOTHING, decode
 from ..._decisions.offsets import Offsets
 from ..._decisions.topics import is_dead_letter_topic
 from ...source import Start
+from .books import Books
 from .partition import Partition
 from .topics import PATIENCE, Topics, begin_at
 
@@ -31,15 +32,13 @@ class Owner(Protocol):
     topics: Topics
     consumer: Consumer
     session_timeout: float
-    partitions: dict[tuple[str, int], Partition]
+    books: Books
     ended: bool
 
     def place(self, name: str) -> tuple[str, bool, Start]: ...
     def was_given(self, partitions: int) -> None: ...
-    def is_gone(self, p: Partition) -> None: ...
     def tell_revoked(self, partitions: Sequence[Partition], seconds: float | None) -> None: ...
     def settle_for(self, seconds: float) -> None: ...
-    def commit_all(self, partitions: Sequence[Partition]) -> None: ...
     def has_trouble(self, what: str) -> None: ...
 
 
@@ -56,7 +55,7 @@ class Joining:
         if given:
             begun = [self._begin(consumer, one) for one in self._committed(consumer, given)]
             for one in begun:
-                member.partitions[one.name, one.number] = one
+                member.books.partitions[one.name, one.number] = one
             consumer.incremental_assign([TopicPartition(p.name, p.number, p.offsets.position) for p in begun])
         self.joined += 1
         member.was_given(len(given))
@@ -96,7 +95,7 @@ class Joining:
     def on_revoke(self, consumer: Consumer, taken: Sequence[TopicPartition]) -> None:
         """Let what runs finish, for a while, commit, and let go."""
         member = self._member
-        leaving = [p for one in taken if (p := member.partitions.get((one.topic, one.partition))) is not None]
+        leaving = [p for one in taken if (p := member.books.partitions.get((one.topic, one.partition))) is not None]
         for p in leaving:
             p.leaving = True
         seconds = min(MOST_WAIT, member.session_timeout / 2)
@@ -107,14 +106,14 @@ class Joining:
                 member.settle_for(0.02)
         for p in leaving:
             p.give_back()
-        member.commit_all(leaving)
+        member.books.commit_all(leaving)
         self._drop(leaving)
         consumer.incremental_unassign(list(taken))
 
     def on_lost(self, consumer: Consumer, taken: Sequence[TopicPartition]) -> None:
         """They are others' already: nothing may be committed."""
         member = self._member
-        lost = [p for one in taken if (p := member.partitions.get((one.topic, one.partition))) is not None]
+        lost = [p for one in taken if (p := member.books.partitions.get((one.topic, one.partition))) is not None]
         log.warning("group %r has lost %d partitions: this member was not heard of for %g s; what is in hand of them"
                     " comes again elsewhere", member.group, len(lost), member.session_timeout)  # fmt: skip
         member.tell_revoked(lost, None)
@@ -123,8 +122,8 @@ class Joining:
 
     def _drop(self, partitions: Sequence[Partition]) -> None:
         for p in partitions:
-            del self._member.partitions[p.name, p.number]
-            self._member.is_gone(p)
+            del self._member.books.partitions[p.name, p.number]
+            self._member.books.is_gone(p)
 
     def begin_anew(self, p: Partition) -> None:
         """The log is another one, or has lost its end: go on at its first record."""
@@ -140,4 +139,4 @@ class Joining:
         except KafkaException as error:
             member.has_trouble(f"going on in {p.name}: {error}")
             return
-        member.partitions[p.name, p.number] = new
+        member.books.partitions[p.name, p.number] = new

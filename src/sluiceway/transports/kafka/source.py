@@ -195,7 +195,7 @@ class KafkaSource:
         token: Token = message.token
 
         def write() -> None:
-            p = self.member.partitions.get((token.topic, token.partition))
+            p = self.member.books.partitions.get((token.topic, token.partition))
             if p is not None and p.generation == token.generation:
                 p.write(token.offset, note)
 
@@ -212,7 +212,7 @@ class KafkaSource:
 
     def status(self) -> SourceStatus:
         """How the source is. `held_by_broker`: received and not settled."""
-        scopes = frozenset(p.scope for p in list(self.member.partitions.values()) if p.topic in self._topics)
+        scopes = frozenset(p.scope for p in list(self.member.books.partitions.values()) if p.topic in self._topics)
         return SourceStatus(
             state=self._state(), since=self._since, error=self.member.trouble, scopes=scopes,
             held_by_broker=len(self._held),

@@ -14,7 +14,7 @@ from confluent_kafka.admin import AdminClient
 from ..._decisions.topics import check_topic, is_pattern
 from ...errors import ConnectError, OptionError, PublishError, TransportError, Unsupported
 from ...message import Outgoing, Stored
-from ...source import Subscription
+from ...source import Start, Subscription
 from ...transport import Features, Finding
 from .browsing import Shelf
 from .member import Member, Place
@@ -115,7 +115,7 @@ class KafkaTransport:
     async def _begin(self, subscription: Subscription, places: dict[str, Place]) -> Sequence[str]:
         missing = await asyncio.to_thread(self._topics.cover, list(places))
         if not missing and subscription.group not in self._members:
-            starts = {name: start for name, (_, _, start) in places.items()}
+            starts: dict[str, Start] = {name: start for name, (_, _, start) in places.items()}
             await asyncio.to_thread(self._topics.begin, subscription.group, starts)
         return missing
 

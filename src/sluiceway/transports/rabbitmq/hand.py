@@ -34,7 +34,7 @@ class Hand:
         self._inlet = inlet
         self._copies = copies
         self._settled = settled
-        self._sent: dict[int, set[int]] = {}  # by tag: which of its letters the broker has, though not all
+        self._sent: dict[tuple[int, str], set[int]] = {}  # by tag and outcome: which letters the broker has, not all
 
     def opened(self, epoch: int) -> None:
         """There is a channel."""
@@ -94,10 +94,9 @@ class Hand:
             message = held.pop(tag, None)
             if lost and message is not None:
                 lost.pop(message.id, None)
-        if self.alone or self._sent:
+        if self.alone:
             for tag in tags:
                 self.alone.pop(tag, None)
-                self._sent.pop(tag, None)
         self._settled()
 
     async def settle(self, acks: Sequence[Message[Any]], others: Sequence[Settlement]) -> list[Refused]:
@@ -121,7 +120,7 @@ class Hand:
         places: list[tuple[int, int]] = []  # of each letter: its settlement, and its number within that
         bad: dict[int, str] = {}
         for index, settlement in enumerate(current):
-            sent = self._sent.get(settlement.message.token, ())
+            sent = self._sent.get((settlement.message.token, settlement.outcome), ())
             makers = self._copies.of(settlement)
             try:
                 made = [(number, await make()) for number, make in enumerate(makers) if number not in sent]
@@ -134,7 +133,8 @@ class Hand:
         again: str | None = None
         for at, (index, number) in enumerate(places):
             if at not in failed:
-                self._sent.setdefault(current[index].message.token, set()).add(number)
+                key = current[index].message.token, current[index].outcome
+                self._sent.setdefault(key, set()).add(number)
             elif not failed[at].mendable:
                 bad[index] = failed[at].text
             else:
@@ -142,9 +142,10 @@ class Hand:
         if self.epoch != epoch:  # the deliveries went back meanwhile
             return [*refused, *(Refused(one.message, "lost", _GONE) for one in current)]
         missing = {places[at][0] for at in failed}
-        self.acknowledge(
-            [one.message.token for index, one in enumerate(current) if index not in bad and index not in missing]
-        )
+        done = [one for index, one in enumerate(current) if index not in bad and index not in missing]
+        for one in done:
+            self._sent.pop((one.message.token, one.outcome), None)
+        self.acknowledge([one.message.token for one in done])
         if again is not None:
             raise TransportError(f"the broker has not confirmed what belongs to a settle: {again}")
         return [*refused, *(Refused(current[index].message, "rejected", text) for index, text in bad.items())]

@@ -20,7 +20,8 @@ _PAGE = 100
 async def make_group(wire: Wire, keys: Keys, topic: str, group: str, start: Start) -> bool:
     """Make the group on the topic, and what it has beside it; returns whether it was not there.
 
-    A group that was deleted goes on behind the last message that it had finished in order. Raises TransportError.
+    A group that was deleted goes on behind the last message that it had finished in order; at the beginning where the
+    stream is another one than that. Raises TransportError.
     """
     retry, floor = keys.of(topic, group)[1], keys.of(topic, group)[5]
     _, known, *_ = answers = await wire.call(
@@ -29,11 +30,27 @@ async def make_group(wire: Wire, keys: Keys, topic: str, group: str, start: Star
     what = f"make group {group!r} on {topic!r}"
     _check(wire, what, answers)
     at: Any = known
-    if known is None:
+    if known is not None and await _newest(wire, topic) < position(known):
+        at = "0"
+    elif known is None:
         at = {"earliest": "0", "latest": "$"}.get(start) if isinstance(start, str) else await _since(wire, topic, start)
     made = await wire.call(("XGROUP", "CREATE", topic, group, at, "MKSTREAM"))
     _check(wire, what, made)
     return not isinstance(made[0], ReplyError)
+
+
+async def _newest(wire: Wire, topic: str) -> tuple[int, int]:
+    """The last id that the stream ever had; (0, 0) where there is none."""
+    (answer,) = await wire.call(("XINFO", "STREAM", topic))
+    if isinstance(answer, ReplyError):
+        return 0, 0
+    return position(answer[answer.index(b"last-generated-id") + 1])
+
+
+def position(one: bytes) -> tuple[int, int]:
+    """An id as it is ordered."""
+    milliseconds, _, number = one.partition(b"-")
+    return int(milliseconds), int(number)
 
 
 async def _since(wire: Wire, topic: str, start: datetime) -> str:

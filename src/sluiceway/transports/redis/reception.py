@@ -80,6 +80,7 @@ class Reception:
         self._busy = False  # the last read brought all it was to
         self._tend_at = self._tend_busy_at = self._trim_at = self._recover_at = self._reap_at = 0.0
         self._known_wire: Wire | None = None
+        self._known_groups = False
 
     def look_again(self) -> None:
         """Something was handed back, or comes again at once."""
@@ -91,8 +92,12 @@ class Reception:
 
     async def make_groups(self, wire: Wire) -> None:
         """Make the groups where they are missing."""
+        start = self._subscription.start
+        if start == "latest" and self._known_groups:  # the keys are gone, so what is there now came after the beginning
+            start = "earliest"
         for topic in self.topics:
-            await make_group(wire, self._keys, topic, self.group, self._subscription.start)
+            await make_group(wire, self._keys, topic, self.group, start)
+        self._known_groups = True
 
     async def join(self, wire: Wire) -> None:
         """Become known, as a new consumer."""

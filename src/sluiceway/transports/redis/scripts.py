@@ -173,7 +173,9 @@ for _, info in ipairs(call('XINFO', 'GROUPS', KEYS[1])) do
     end
     call('SET', KEYS[6], floor)
   end
-  if pending[1] == 0 then seq = seq + 1 end
+  if pending[1] == 0 then  -- a number has 53 bits: the last id of a millisecond is followed by the next one's first
+    if seq < 2 ^ 53 then seq = seq + 1 else ms, seq = ms + 1, 0 end
+  end
   if not low_ms or ms < low_ms or (ms == low_ms and seq < low_seq) then low_ms, low_seq = ms, seq end
 end
 local retention = tonumber(ARGV[2])
