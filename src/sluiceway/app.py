@@ -33,6 +33,8 @@ DEFAULT_URL = "sqlite:///sluiceway.db"
 _SCHEMES: dict[str, tuple[str, str]] = {
     "amqp": ("sluiceway.transports.rabbitmq", "RabbitMQTransport"),
     "amqps": ("sluiceway.transports.rabbitmq", "RabbitMQTransport"),
+    "kafka": ("sluiceway.transports.kafka", "KafkaTransport"),
+    "kafkas": ("sluiceway.transports.kafka", "KafkaTransport"),
     "memory": ("sluiceway.transports.memory", "MemoryTransport"),
     "nats": ("sluiceway.transports.nats", "NATSTransport"),
     "redis": ("sluiceway.transports.redis", "RedisTransport"),

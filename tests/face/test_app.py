@@ -124,7 +124,7 @@ def test_what_is_no_broker_is_refused(broker: Any) -> None:
 def test_an_unknown_url_says_which_there_are_and_never_shows_a_password(url: str, shown: str) -> None:
     with pytest.raises(OptionError) as caught:
         open_transport(url)
-    schemes = "amqp://, amqps://, memory://, nats://, redis://, rediss://, sqlite://, tls://"
+    schemes = "amqp://, amqps://, kafka://, kafkas://, memory://, nats://, redis://, rediss://, sqlite://, tls://"
     assert str(caught.value) == f"there is no transport for {shown!r}; a URL starts with one of: {schemes}"
 
 

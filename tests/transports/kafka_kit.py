@@ -24,7 +24,6 @@ class KafkaBroker(Broker):
     name = "kafka"
     moment = 0.4  # a member joins, and a record is fetched, in less
     step = 0.2
-    tells_age = False
     soon = 15.0
 
     def __init__(self, server: Kafka, proxy: Proxy | None = None) -> None:

@@ -216,6 +216,129 @@ async def test_a_topic_that_was_made_anew_is_read_from_its_first_record(
     assert numbers(await get(await subscribe(transport, "t"), 8)) == list(range(8))
 
 
+async def test_a_topic_that_is_made_anew_under_a_source_is_read_from_its_first_record(
+    server: Kafka, prefix: str, transport: KafkaTransport
+) -> None:
+    source = await subscribe(transport, "t")
+    await publish(transport, "t", 5)
+    await source.settle(await get(source, 5), [])
+    server.delete(f"{prefix}t")
+    server.create(f"{prefix}t")
+    await publish(transport, "t", 8)  # more than there were: offsets alone do not tell that they are others
+    seen: set[int] = set()
+    async with asyncio.timeout(SOON):
+        while seen != set(range(8)):
+            messages = await source.receive(8)
+            seen.update(numbers(list(messages)))
+            await source.settle(messages, [])
+
+
+async def test_a_dead_letter_that_cannot_be_stored_leaves_its_message_ours(server: Kafka, prefix: str) -> None:
+    transport = connectable(server, prefix, create=False)
+    for name in ("t", "t.g.retry"):
+        server.create(prefix + name)
+    await transport.connect()
+    source = await subscribe(transport, "t")
+    await publish(transport, "t", 1)
+    (message,) = await get(source, 1)
+    letter = Settlement(message, "dead_letter", outputs=(Outgoing("t.g.dead", b"0"),))
+    (refused,) = await source.settle([], [letter])
+    assert (refused.kind, refused.message) == ("rejected", message)
+    assert "t.g.dead" in refused.detail
+    assert watermark(server, prefix)[0] == 0
+    server.create(f"{prefix}t.g.dead")
+    assert not await source.settle([], [letter])
+    assert watermark(server, prefix)[0] == 1
+    await transport.aclose()
+
+
+async def test_a_partition_whose_metadata_is_full_stops_and_goes_on_when_the_first_are_finished(
+    server: Kafka, prefix: str, transport: KafkaTransport
+) -> None:
+    """Every second record stays unfinished: what is finished between them does not fit any more."""
+    source = await subscribe(transport, "t", window=20_000)
+    count = 9_000
+    await publish(transport, "t", count)
+    held: dict[int, Message[Any]] = {}
+    received = 0
+    for _ in range(100):
+        call = asyncio.ensure_future(source.receive(500))
+        await asyncio.wait([call], timeout=1.0)
+        source.resize(0)
+        messages = list(await call)
+        source.resize(20_000)
+        if not messages:
+            break
+        received += len(messages)
+        held |= {int(one.body): one for one in messages if int(one.body) % 2 == 0}
+        assert not await source.settle([one for one in messages if int(one.body) % 2], [])
+    assert received < count, "it did not stop"
+    _, metadata = watermark(server, prefix)
+    assert len(metadata) > 3_000
+    assert not await source.settle(list(held.values()), [])
+    rest = await get(source, count - received)
+    assert not await source.settle(rest, [])
+    assert watermark(server, prefix)[0] == count
+
+
+async def test_a_member_that_stood_still_for_longer_than_its_session_loses_nothing(server: Kafka, prefix: str) -> None:
+    transport = connectable(server, prefix)
+    await transport.connect()
+    await transport.ensure([Subscription(topics=("t",), group="g", window=1)], create=True)
+    await publish(transport, "t", 300)
+    url = f"{server.url()}?prefix={prefix}&session_timeout={SESSION}"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", WORK, url, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    handled = {int(await process.stdout.readline()) for _ in range(20)}
+    process.send_signal(signal.SIGSTOP)
+    source = await subscribe(transport, "t")
+    first = await get(source, 20)  # they are ours now
+    assert not await source.settle(first, [])
+    process.send_signal(signal.SIGCONT)
+    ours = set(numbers(first))
+    async with asyncio.timeout(SOON):
+        theirs = asyncio.ensure_future(_numbers(process.stdout, handled))
+        while len(handled | ours) < 300:
+            call = asyncio.ensure_future(source.receive(5))
+            await asyncio.wait([call], timeout=0.5)
+            source.resize(0)
+            got = list(await call)
+            source.resize(1000)
+            ours.update(numbers(got))
+            assert not await source.settle(got, [])
+            if watermark(server, prefix)[0] == 300:
+                break
+    process.kill()
+    await process.wait()
+    await theirs
+    assert watermark(server, prefix)[0] == 300
+    assert handled | ours == set(range(300))
+    await transport.aclose()
+
+
+async def _numbers(lines: asyncio.StreamReader, into: set[int]) -> None:
+    while line := await lines.readline():
+        into.add(int(line))
+
+
+WORK = """
+import asyncio, sys
+from sluiceway.source import Subscription
+from sluiceway.transports.kafka import KafkaTransport
+
+async def main(url):
+    transport = KafkaTransport.from_url(url)
+    await transport.connect()
+    source = await transport.subscribe(Subscription(topics=("t",), group="g", window=10))
+    while True:
+        for message in await source.receive(5):
+            await asyncio.sleep(0.01)
+            print(message.body.decode(), flush=True)
+            await source.settle([message], [])
+
+asyncio.run(main(sys.argv[1]))
+"""
+
 HOLD = """
 import asyncio, os, signal, sys
 from sluiceway.source import Subscription

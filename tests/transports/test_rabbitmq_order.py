@@ -25,6 +25,8 @@ from sluiceway.transports.rabbitmq.ordered import OrderedSource
 from tests.servers.proxy import Proxy
 from tests.transports.rabbitmq_kit import RabbitMQBroker, shared_server, take, until
 
+PATIENCE = 90.0  # seconds: after a death what was in hand rests, and what was settled just before is waited for
+
 
 @pytest.fixture
 def broker() -> Iterator[RabbitMQBroker]:
@@ -322,21 +324,21 @@ async def test_what_a_killed_process_leaves_is_handled_by_the_next_in_order(
         for number in range(each):
             await transport.publish([Outgoing("t", b"%d" % number, key) for key in keys])
         for share in (30, 120, 200):
-            await until(lambda share=share: ended() >= share)  # type: ignore[misc]
+            await until(lambda share=share: ended() >= share, PATIENCE)  # type: ignore[misc]
             active = int(ledger.read_text().splitlines()[-1].split()[1])
             victim = next(one for one in processes if one.pid == active)
             processes.remove(victim)
             victim.kill()
             victim.wait()
             processes.append(worker(broker, ledger))
-            await until(lambda share=share: ended() >= share + 40)  # type: ignore[misc]
+            await until(lambda share=share: ended() >= share + 40, PATIENCE)  # type: ignore[misc]
             active = int(ledger.read_text().splitlines()[-1].split()[1])
             leaving = next(one for one in processes if one.pid == active)
             processes.remove(leaving)
             leaving.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(leaving.wait, 30) == 0
             processes.append(worker(broker, ledger))
-        await until(lambda: firsts(ledger) == {key: list(range(each)) for key in keys}, 90)
+        await until(lambda: firsts(ledger) == {key: list(range(each)) for key in keys}, PATIENCE)
         for process in processes:
             process.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(process.wait, 30) == 0

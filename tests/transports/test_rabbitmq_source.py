@@ -165,3 +165,21 @@ async def test_a_handler_that_outlives_the_servers_consumer_timeout_costs_no_mes
         await transport.aclose()
     finally:
         server.kill()
+
+
+async def test_the_backlog_has_the_retries_that_were_put_off_here_until_they_are_back(
+    transport: RabbitMQTransport,
+) -> None:
+    source = await opened(transport)
+    await transport.publish([Outgoing("t", b"1")])
+    (message,) = await take(source, 1)
+    await source.settle([], [Settlement(message, "retry", delay=0.3)])
+    backlog = await source.backlog()
+    assert backlog is not None
+    assert backlog.messages == 1
+    (message,) = await take(source, 1)
+    await source.settle([message], [])
+    async with asyncio.timeout(SOON):
+        while (await source.backlog()).messages:  # type: ignore[union-attr]  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    await source.aclose()

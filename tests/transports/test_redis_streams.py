@@ -351,8 +351,8 @@ async def test_a_stream_that_was_deleted_is_received_from_its_beginning_though_i
         assert not await source.settle(await get(source, 1), [])
         waiting = asyncio.create_task(source.receive(10))
         async with asyncio.timeout(SOON):
-            while await asyncio.to_thread(redis_server.ask, "GET", "sluiceway:floor:{lower}:g") != far.encode():
-                await asyncio.sleep(0.05)  # noqa: ASYNC110  # the server tells nobody
+            while await asyncio.to_thread(redis_server.ask, "GET", "sluiceway:floor:{lower}:g") != far.encode():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)  # the server tells nobody
             await asyncio.to_thread(redis_server.ask, "DEL", "lower")
             await publish(transport, "lower", b"new")
             found = list(await waiting)

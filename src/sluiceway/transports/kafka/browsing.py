@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,32 +107,47 @@ class Shelf:
         settings, group = self._settings, subscription.group
         consumer = self._consumer(group)
         main = retries = 0
+        seconds = 0.0
         try:
             there = self._topics.look()
             for topic in subscription.topics:
-                main += self._behind(consumer, topic_name(settings.prefix, topic), there)
-                retries += self._behind(consumer, topic_name(settings.prefix, retry_topic(topic, group)), there)
+                for where, count in self._behind(consumer, topic_name(settings.prefix, topic), there):
+                    main += count
+                    seconds = max(seconds, _age(consumer, where)) if count > 0 else seconds
+                waiting = self._behind(consumer, topic_name(settings.prefix, retry_topic(topic, group)), there)
+                retries += sum(count for _, count in waiting)
         except KafkaException as error:
             raise TransportError(f"asking how far group {group!r} is: {error.args[0].str()}") from error
         finally:
             consumer.close()
-        return Backlog(max(0, main + retries - held), 0.0 if main <= held else None)
+        return Backlog(max(0, main + retries - held), seconds if main > held else 0.0)
 
-    def _behind(self, consumer: Consumer, name: str, there: Any) -> int:
+    def _behind(self, consumer: Consumer, name: str, there: Any) -> list[tuple[TopicPartition, int]]:
+        """The first offset of each partition that is not finished, and how many there are."""
         asked = [TopicPartition(name, number) for number in range(there.get(name, 0))]
         if not asked:
-            return 0
+            return []
         identity = self._topics.identities([name])[name]
-        count = 0
+        found: list[tuple[TopicPartition, int]] = []
         for one in consumer.committed(asked, timeout=PATIENCE):
             low, high = ends(consumer, TopicPartition(name, one.partition))
             told = decode(one.metadata, one.offset, f"{identity} {one.partition}")
             finished = sum(length for length, known in told.runs if known is True)
-            count += max(0, high - max(low, one.offset) - finished)
-        return count
+            first = max(low, one.offset)
+            found.append((TopicPartition(name, one.partition, first), max(0, high - first - finished)))
+        return found
 
     def _consumer(self, group: str) -> Consumer:
         return Consumer(self._settings.consumer(group))
+
+
+def _age(consumer: Consumer, where: TopicPartition) -> float:
+    """Seconds since the record there was published."""
+    consumer.assign([where])
+    raw = consumer.poll(PATIENCE)
+    if raw is None or raw.error() is not None:
+        return 0.0
+    return max(0.0, time.time() - read_record(raw).timestamp)
 
 
 def _stored(topic: str, partition: int, raw: Any) -> Stored:

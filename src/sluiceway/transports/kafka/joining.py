@@ -13,6 +13,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from ..._decisions.commit_metadata import NOTHING, decode
 from ..._decisions.offsets import Offsets
 from ..._decisions.topics import is_dead_letter_topic
+from ...errors import TransportError
 from ...source import Start
 from .books import Books
 from .partition import Partition
@@ -20,6 +21,7 @@ from .topics import PATIENCE, Topics, begin_at
 
 log = logging.getLogger("sluiceway.kafka")
 
+LOOK = 5.0  # seconds between looks at the ids of topics
 MOST_WAIT = 10.0  # seconds that a partition which is taken away may wait for what runs
 
 _OURS = "sluiceway"  # how metadata begins that we wrote
@@ -47,7 +49,7 @@ class Joining:
         self._member = member
         self._generations = count(1)
         self._met: set[str] = set()  # topics of which something was committed before
-        self.joined = 0  # how often partitions, perhaps none, were given
+        self._looked_at = time.monotonic()
 
     def on_assign(self, consumer: Consumer, given: Sequence[TopicPartition]) -> None:
         """Begin where the group is, and write down where it begins in what it has not met."""
@@ -56,8 +58,9 @@ class Joining:
             begun = [self._begin(consumer, one) for one in self._committed(consumer, given)]
             for one in begun:
                 member.books.partitions[one.name, one.number] = one
-            consumer.incremental_assign([TopicPartition(p.name, p.number, p.offsets.position) for p in begun])
-        self.joined += 1
+            begin = [TopicPartition(p.name, p.number, p.offsets.position) for p in begun]
+            consumer.incremental_assign(begin)
+            consumer.resume(begin)  # one that was paused when it was lost would be paused still
         member.was_given(len(given))
 
     def _committed(self, consumer: Consumer, given: Sequence[TopicPartition]) -> Sequence[TopicPartition]:
@@ -125,6 +128,23 @@ class Joining:
             del self._member.books.partitions[p.name, p.number]
             self._member.books.is_gone(p)
 
+    def look_around(self) -> None:
+        """Now and then, whether a topic was deleted and made anew: reading goes on silently where it was in the old
+        one, behind records of the new one."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK:
+            return
+        self._looked_at = now
+        partitions = list(self._member.books.partitions.values())
+        try:
+            logs = self._member.topics.identities(sorted({p.name for p in partitions}), patience=1.0)
+        except TransportError as error:  # one may be deleted, and not be there again
+            log.debug("group %r asks for the ids of its topics: %s", self._member.group, error)
+            return
+        for p in partitions:
+            if p.log != f"{logs[p.name]} {p.number}":
+                self.begin_anew(p)
+
     def begin_anew(self, p: Partition) -> None:
         """The log is another one, or has lost its end: go on at its first record."""
         log.warning("%s, partition %d, is not the log that it was; group %r goes on at its first record", p.name,
@@ -139,4 +159,5 @@ class Joining:
         except KafkaException as error:
             member.has_trouble(f"going on in {p.name}: {error}")
             return
+        new.paused = p.paused
         member.books.partitions[p.name, p.number] = new

@@ -162,6 +162,7 @@ class Member:
         self._do_calls()
         if self._places:
             self._reader.read()
+            self._joining.look_around()
         else:
             self.sleep(1.0)
         books = self.books

@@ -22,6 +22,22 @@ log = logging.getLogger("sluiceway.kafka")
 _GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 
 
+_FINAL = (
+    KafkaError.MSG_SIZE_TOO_LARGE,
+    KafkaError.RECORD_LIST_TOO_LARGE,
+    KafkaError.INVALID_RECORD,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.TOPIC_EXCEPTION,
+)
+
+
+class Refusal(NamedTuple):
+    """Why a record was not taken. `final`: trying again does not help until someone changes something."""
+
+    why: str
+    final: bool
+
+
 class Parcel(NamedTuple):
     """A record that goes out, and the message that it is of."""
 
@@ -105,25 +121,30 @@ class Publisher:
 
     async def publish(self, parcels: Sequence[Parcel]) -> None:
         """Publish in order. Raises PublishError with those that are not confirmed."""
+        refusals = await self.send(parcels)
+        failed = [one.message for one, why in zip(parcels, refusals, strict=True) if why is not None]
+        if failed:
+            raise PublishError.unconfirmed(failed, len(parcels), next(filter(None, refusals)).why)
+
+    async def send(self, parcels: Sequence[Parcel]) -> Sequence[Refusal | None]:
+        """Publish in order; why each was refused, None for those that are stored. Nothing is sent when a topic is not
+        there."""
         if not parcels:
-            return
-        messages = [one.message for one in parcels]
+            return ()
         names = {one.name for one in parcels}
         if not self._topics.are_known(names):
             try:
                 missing = await asyncio.to_thread(self._topics.cover, names)
             except TransportError as error:
-                raise PublishError.unconfirmed(messages, len(messages), error) from error
+                return [Refusal(str(error), final=False)] * len(parcels)
             if missing:
                 why = f"there is no topic {missing[0]!r}, and create=no; make it with Kafka's own tools"
-                raise PublishError.unconfirmed(messages, len(messages), why)
-        refused = await self._send(parcels)
-        failed = [one for one, why in zip(messages, refused, strict=True) if why is not None]
-        if failed:
-            for parcel, refusal in zip(parcels, refused, strict=True):
-                if refusal is not None and refusal.code() in _GONE:
-                    self._topics.forget(parcel.name)
-            raise PublishError.unconfirmed(failed, len(messages), next(filter(None, refused)).str())
+                return [Refusal(why, final=one.name in missing) for one in parcels]
+        errors = await self._send(parcels)
+        for parcel, one in zip(parcels, errors, strict=True):
+            if one is not None and one.code() in _GONE:
+                self._topics.forget(parcel.name)
+        return [None if one is None else Refusal(str(one.str()), one.code() in _FINAL) for one in errors]
 
     async def _send(self, parcels: Sequence[Parcel]) -> Sequence[KafkaError | None]:
         call = _Call(len(parcels))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..._decisions.commit_metadata import Note
 from ..._decisions.suspicion import suspicions_now
-from ...errors import PayloadTooLarge, PublishError, TransportError
+from ...errors import PayloadTooLarge, TransportError
 from ...message import Message, Outgoing, Refused, Scope, Settlement
 from ...source import Backlog, Renewer, SourceStatus, Subscription
 from .member import Member
@@ -118,6 +118,7 @@ class KafkaSource:
         refused: list[Refused] = []
         ends: list[tuple[Token, End]] = [(message.token, None) for message in acks]
         parcels: list[Parcel] = []
+        owners: list[Message[Any]] = []  # of each parcel
         for one in others:
             message = one.message
             if message.token not in self._held:
@@ -130,11 +131,15 @@ class KafkaSource:
                 refused.append(Refused(message, "rejected", str(error)))
                 continue
             parcels += more
+            owners += [message] * len(more)
             ends.append((message.token, end))
-        try:
-            await self._publisher.publish(parcels)
-        except PublishError as error:
-            raise TransportError(f"what belongs to a settle is not published: {error}") from error
+        for owner, refusal in zip(owners, await self._publisher.send(parcels), strict=True):
+            if refusal is None:
+                continue
+            if not refusal.final:
+                raise TransportError(f"what belongs to a settle is not published: {refusal.why}")
+            refused.append(Refused(owner, "rejected", refusal.why))
+            ends = [one for one in ends if one[0] != owner.token]
         lost = set(await self._commit(ends))
         asked = [*acks, *(one.message for one in others)]
         refused += [Refused(one, "lost", "its partition is another's") for one in asked if one.token in lost]
@@ -226,8 +231,8 @@ class KafkaSource:
         return "running" if self._window else "paused"
 
     async def backlog(self) -> Backlog | None:
-        """Messages that wait for this group, also for their delay, without what this source holds. The age of the
-        oldest is not told: that would take a read of each partition."""
+        """Messages that wait for this group, also for their delay, without what this source holds; and the age of the
+        oldest that is not finished, without those that wait for a retry."""
         return await asyncio.to_thread(self._measure, self.subscription, len(self._held))
 
     # -- the end

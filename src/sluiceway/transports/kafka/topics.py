@@ -76,9 +76,10 @@ class Topics:
                     raise TransportError(f"cannot make the topic {name!r}: {_text(error)}") from error
         self._known.update(names)
 
-    def identities(self, names: Sequence[str]) -> dict[str, str]:
-        """The ids of topics: one that is made anew has another."""
-        futures = self._admin.describe_topics(TopicCollection(list(names)), request_timeout=PATIENCE)
+    def identities(self, names: Sequence[str], *, patience: float = PATIENCE) -> dict[str, str]:
+        """The ids of topics: one that is made anew has another. Raises TransportError for one that is not there, and
+        when nobody answers for `patience` seconds."""
+        futures = self._admin.describe_topics(TopicCollection(list(names)), request_timeout=patience)
         return {
             name: str(self._ask(lambda future=future: future.result(PATIENCE)).topic_id)
             for name, future in futures.items()

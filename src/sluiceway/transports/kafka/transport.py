@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, Self
@@ -28,6 +29,7 @@ from .wire import Record, key_bytes, retry_topic, topic_name, write_headers
 log = logging.getLogger("sluiceway.kafka")
 
 CONNECT_TIMEOUT = 5.0
+_CLEAR = (KafkaError._AUTHENTICATION, KafkaError._SSL)
 
 
 class KafkaTransport:
@@ -218,15 +220,25 @@ def _missing(name: str) -> Finding:
 
 
 def _check(settings: Settings) -> None:
-    """Ask the brokers for anything. Raises ConnectError."""
+    """Ask the brokers for anything. Raises ConnectError, at once where trying again does not help."""
     told: list[KafkaError] = []
+    deadline = time.monotonic() + CONNECT_TIMEOUT
     try:
         config: dict[str, Any] = {**settings.client(), "error_cb": told.append}
         client = AdminClient(config)
-        client.list_topics(timeout=CONNECT_TIMEOUT)
-    except KafkaException as error:
-        why = next((one for one in told if one.code() != KafkaError._ALL_BROKERS_DOWN), error.args[0])
-        raise ConnectError(f"cannot connect to Kafka at {settings.where()}: {why.str()}{_advice(why)}") from error
+    except KafkaException as error:  # a TLS file that cannot be used
+        raise ConnectError(f"cannot connect to Kafka at {settings.where()}: {error.args[0].str()}") from error
+    while True:
+        try:
+            client.list_topics(timeout=0.5)
+            return
+        except KafkaException as error:
+            client.poll(0.05)  # which tells why
+            why = next((one for one in told if one.code() in _CLEAR), None)
+            if why is None and time.monotonic() < deadline:
+                continue
+            why = why or next((one for one in told if one.code() != KafkaError._ALL_BROKERS_DOWN), error.args[0])
+            raise ConnectError(f"cannot connect to Kafka at {settings.where()}: {why.str()}{_advice(why)}") from error
 
 
 def _advice(error: KafkaError) -> str:

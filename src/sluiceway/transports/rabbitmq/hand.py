@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 from ...errors import TransportError
@@ -15,6 +17,7 @@ from .letters import Letter
 from .tags import Tags
 from .wire import Delivery
 
+_LATE = 1.0  # seconds that a copy may take from when it is due
 _REMEMBERED = 10_000  # ids of messages that were lost with a connection
 _GONE = "its channel has ended, and the broker hands the message out again"
 
@@ -30,6 +33,7 @@ class Hand:
         self.buffer: list[Message[Any]] = []  # arrived, and not returned by a receive
         self.alone = copies.alone
         self.lost: Counter[str] = Counter()  # by id: hand-overs that ended with a connection, while this process lives
+        self._put_off: list[float] = []  # a heap: when each copy is back that waits for a delay
         self._hub = hub
         self._inlet = inlet
         self._copies = copies
@@ -52,6 +56,14 @@ class Hand:
         self.held.clear()
         self.alone.clear()
         self._sent.clear()
+
+    @property
+    def put_off(self) -> int:
+        """How many messages wait for a delay that was set here, or are on their way back from it."""
+        now = time.time()
+        while self._put_off and self._put_off[0] < now:
+            heappop(self._put_off)
+        return len(self._put_off)
 
     def unsettled(self) -> list[Message[Any]]:
         """All that are in hand."""
@@ -145,6 +157,8 @@ class Hand:
         done = [one for index, one in enumerate(current) if index not in bad and index not in missing]
         for one in done:
             self._sent.pop((one.message.token, one.outcome), None)
+            if one.outcome in ("retry", "release") and one.delay > 0:
+                heappush(self._put_off, time.time() + one.delay + _LATE)
         self.acknowledge([one.message.token for one in done])
         if again is not None:
             raise TransportError(f"the broker has not confirmed what belongs to a settle: {again}")

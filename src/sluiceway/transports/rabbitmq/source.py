@@ -267,11 +267,13 @@ class RabbitMQSource:
         self._trouble = trouble
 
     async def backlog(self) -> Backlog | None:
-        """What waits in the queues of this subscription, and its suspects; not what waits on the delay ladder, which
-        all groups share. How old the first is cannot be told: the head of a queue is not seen without taking it.
+        """What waits in the queues of this subscription, its suspects, and the retries that this source has put off;
+        not what others have on the delay ladder, which all groups share. How old the first is cannot be told: the head
+        of a queue is not seen without taking it.
         """
         queues = [*self._inlet.queues, *map(suspects_of, self._inlet.queues)]
-        count = sum(await self._hub.io.run(self._inlet.waiting(queues))) + len(self._hand.buffer)
+        waiting = sum(await self._hub.io.run(self._inlet.waiting(queues)))
+        count = waiting + len(self._hand.buffer) + self._hand.put_off
         return Backlog(count, None if count else 0.0)
 
     async def aclose(self, *, keep: Sequence[Message[Any]] = ()) -> None:

@@ -1,7 +1,4 @@
-"""The acceptance suite over Apache Kafka: a server of the tests' own. Not collected yet: its name begins with no test_.
-
-`pytest tests/transports/acceptance_kafka.py` runs it.
-"""
+"""The acceptance suite over Apache Kafka: a server of the tests' own, in which each test has its own names."""
 
 from __future__ import annotations
 
