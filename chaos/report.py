@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from bench.report import machine
 from .cell import Row
 from .faults import FAULTS
 
+PORT = re.compile(r"127\.0\.0\.1:\d+")  # another one in each run
 START, END = "<!-- rows: python -m chaos --docs writes from here -->", "<!-- to here -->"
 COLUMNS = ("broker", "fault", "sent", "handled", "lost", "overtaken", "repeated", "recovered", "caught up")
 
@@ -78,7 +80,8 @@ def markdown(rows: Sequence[Row], versions: Iterable[str]) -> str:
 
 
 def _line(row: Row) -> str:
-    said = "<br>".join(one.replace("|", "\\|").replace("<", "&lt;") for one in ([row.error] if row.error else row.log))
+    told = [PORT.sub("127.0.0.1", one) for one in ([row.error] if row.error else row.log)]
+    said = "<br>".join(one.replace("|", "\\|").replace("<", "&lt;") for one in told)
     return f"| {' | '.join(cells(row)[1:])} | {_verdict(row).plain} | {said or 'nothing'} |"
 
 

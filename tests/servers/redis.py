@@ -30,7 +30,7 @@ class RedisServer(Server):
         self.settings = dict(settings or {})
         self.tls = tls
         lines = {
-            "bind": "127.0.0.1", "port": str(self.port), "dir": str(folder), "save": '""', "appendonly": "yes",
+            "bind": "127.0.0.1", "port": str(self.port), "dir": f'"{folder}"', "save": '""', "appendonly": "yes",
             "appendfsync": "always", "auto-aof-rewrite-percentage": "0",
         }  # fmt: skip
         if tls is not None:

@@ -149,7 +149,7 @@ def test_the_short_way_reads_what_the_long_way_reads() -> None:
     assert (long.envelope.id, long.envelope.timestamp) == ("abc", 1234567890.25)
 
 
-@pytest.mark.parametrize("name", ["abc-1", "with space", "über", "", "a\r\nb", " a", "\udcff"])
+@pytest.mark.parametrize("name", ["abc-1", "with space", "über", "a\r\nb", " a", "\udcff"])
 def test_the_short_way_writes_what_the_long_way_writes(name: str) -> None:
     for message in (Outgoing("t", b"", timestamp=1.5, id=name), Outgoing("t", b"", name, timestamp=1.5, id="own")):
         short, long = (write_headers(message, dedupe=dedupe) for dedupe in (None, "d"))

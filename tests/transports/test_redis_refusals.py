@@ -13,6 +13,7 @@ from sluiceway.message import Settlement
 from sluiceway.source import Subscription
 from sluiceway.transports.redis import RedisSource, RedisTransport
 from tests.servers.redis import RedisServer
+from tests.servers.server import free_port
 from tests.transports.redis_kit import SOON, bodies, connected, get, publish, redis_server, subscribe
 
 __all__ = ["redis_server"]
@@ -108,7 +109,7 @@ async def test_an_idle_consumer_says_when_its_server_is_gone_and_when_it_is_back
 
 
 async def test_a_cluster_is_refused_also_by_what_it_answers_where_info_is_not_allowed(tmp_path: Path) -> None:
-    with RedisServer(tmp_path, {"cluster-enabled": "yes"}) as server:
+    with RedisServer(tmp_path, {"cluster-enabled": "yes", "cluster-port": str(free_port())}) as server:
         server.ask("CLUSTER", "ADDSLOTSRANGE", "0", "8000")  # another node has the rest
         with pytest.raises(ConnectError, match="is a node of a cluster; Sluiceway needs a server"):
             await RedisTransport(server.url()).connect()
