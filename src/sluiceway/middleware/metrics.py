@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import accumulate
@@ -26,7 +26,6 @@ except ImportError as error:
 BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 LABELS = ("consumer", "group")
-EVERY = 0.02  # seconds
 
 GAUGES = {
     "held": "Messages received and not settled.",
@@ -133,35 +132,18 @@ class Metrics:
 class _Calls:
     """The calls of one handler. Its loop writes; a scrape reads, from any thread.
 
-    The seconds of good calls are only noted and put into their buckets many at a time: half the price per message.
+    Good calls that are as short as the first bucket are counted in the middleware itself, in a third of the time, and
+    asked for when somebody scrapes: `short` returns how many of them there were and their seconds.
     """
 
-    __slots__ = ("_bounds", "_lock", "counts", "due", "ends", "recent", "seconds")
+    __slots__ = ("_lock", "counts", "ends", "seconds", "short")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self.due = 0.0  # on the handlers' clock: when these are sorted next
-        self.recent: list[float] = []  # seconds of calls that are in no bucket yet
         self.counts = [0] * (len(bounds) + 1)  # by bucket
         self.seconds = 0.0
         self.ends: Counter[str] = Counter()  # of those that were not simply handled
-        self._bounds = list(bounds)
+        self.short: list[Callable[[], tuple[int, float]]] = []  # one for each start of the pipeline
         self._lock = Lock()
-
-    def sort(self) -> None:
-        """Put what was noted into its buckets."""
-        with self._lock:
-            recent = self.recent.copy()
-            del self.recent[: len(recent)]  # what is noted meanwhile stays; `append` of this very list is in use
-            self.seconds += sum(recent)
-            first = self._bounds[0]
-            longer = [] if max(recent, default=0.0) <= first else sorted(one for one in recent if one > first)
-            self.counts[0] += len(recent) - len(longer)
-            before = 0
-            for number, bound in enumerate(self._bounds):
-                upto = bisect_right(longer, bound)
-                self.counts[number] += upto - before
-                before = upto
-            self.counts[-1] += len(longer) - before
 
     def ended(self, bounds: list[float], seconds: float, error: BaseException | None) -> None:
         with self._lock:
@@ -173,8 +155,10 @@ class _Calls:
     def fill(
         self, names: tuple[str, ...], bounds: list[float], seconds: HistogramMetricFamily, ends: CounterMetricFamily
     ) -> None:
-        self.sort()
         counts, others, total = list(self.counts), dict(self.ends), self.seconds
+        for count, short in [one() for one in self.short]:
+            counts[0] += count
+            total += short
         limits = [*map(repr, bounds), "+Inf"]
         seconds.add_metric(names, list(zip(limits, accumulate(counts), strict=True)), total)
         for end, count in {"handled": sum(counts) - sum(others.values()), **others}.items():
@@ -188,28 +172,38 @@ class _Measured:
         self._calls = calls
         self._bounds = bounds
 
-    def __call__(self, message: Message[Any], call_next: Handler) -> Awaitable[Any]:
-        return self.around(call_next)(message)
+    async def __call__(self, message: Message[Any], call_next: Handler) -> Any:
+        started = perf_counter()
+        error: BaseException | None = None
+        try:
+            value = await call_next(message)
+            error = message.error
+            return value
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._calls.ended(self._bounds, perf_counter() - started, error)
 
     def around(self, call_next: Handler) -> Handler:
-        calls, bounds = self._calls, self._bounds
-        note, clock = calls.recent.append, perf_counter
+        calls, bounds, first, clock = self._calls, self._bounds, self._bounds[0], perf_counter
+        count, total = 0, 0.0
+        calls.short.append(lambda: (count, total))
 
         async def measured(message: Message[Any]) -> Any:
+            nonlocal count, total
             started = clock()
             try:
                 value = await call_next(message)
             except BaseException as error:
                 calls.ended(bounds, clock() - started, error)
                 raise
-            if message.error is not None:
-                calls.ended(bounds, clock() - started, message.error)
+            seconds = clock() - started
+            if seconds <= first and message.error is None:
+                count += 1
+                total += seconds
             else:
-                ended = clock()
-                note(ended - started)
-                if ended > calls.due:
-                    calls.due = ended + EVERY
-                    calls.sort()
+                calls.ended(bounds, seconds, message.error)
             return value
 
         return measured
