@@ -6,11 +6,12 @@ import asyncio
 import itertools
 from collections.abc import Mapping
 
-from confluent_kafka import Producer
+from confluent_kafka import Producer, TopicCollection
 
+from sluiceway._decisions.commit_metadata import decode
 from sluiceway.testing.acceptance import Broker
 from sluiceway.transports.kafka import KafkaTransport
-from tests.servers.kafka import Kafka
+from tests.servers.kafka import Kafka, committed
 from tests.servers.proxy import Proxy
 
 _numbers = itertools.count(1)
@@ -44,6 +45,16 @@ class KafkaBroker(Broker):
         producer = Producer({**self.server.client(), "log_level": 2})
         producer.produce(self.prefix + topic, body, headers=headers)
         assert producer.flush(10) == 0
+
+    async def held(self, topic: str, group: str) -> int:
+        """The most that may be in hand, as it is committed before anything is."""
+        return await asyncio.to_thread(self._held, self.prefix + topic, self.prefix + group)
+
+    def _held(self, topic: str, group: str) -> int:
+        admin = self.server.admin()
+        described = admin.describe_topics(TopicCollection([topic]))[topic].result()
+        found = committed(admin, group, topic)
+        return 0 if found is None else decode(found[1], found[0], f"{described.topic_id} 0").window
 
     async def interrupt(self) -> None:
         assert self.proxy is not None
