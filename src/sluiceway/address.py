@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
@@ -78,6 +78,35 @@ def split_url(url: str) -> SplitResult:
             f"the URL {without_secrets(url)!r} has a host that cannot be read; "
             "write [ as %5B and ] as %5D in its user and its password, and an IPv6 address as [::1]"
         ) from None
+
+
+def servers_of(kind: str, hosts: str, port: int) -> tuple[str, ...]:
+    """The servers that a URL names with commas between, each as host:port; `port` is for those that name none. Raises
+    OptionError for a port that is no number."""
+    return tuple(_server(kind, host, port) for host in hosts.split(","))
+
+
+def _server(kind: str, host: str, default: int) -> str:
+    name, colon, port = host.rpartition(":")
+    if not colon or host.endswith("]"):
+        return f"{host}:{default}"
+    if not name or not port.isascii() or not port.isdigit():
+        raise OptionError(f"a {kind} URL names hosts as host or host:port; got {host!r}")
+    return host
+
+
+def check_settings(transport: str, settings: Any, checks: Iterable[tuple[str, object, str]]) -> None:
+    """Raise OptionError for the first option that is not as it must be. A check is the option's name, whether it is
+    right, and what it must be."""
+    for name, right, what in checks:
+        if not right:
+            raise OptionError(f"{transport}: {name} must be {what}; got {getattr(settings, name)!r}")
+
+
+def check_servers(transport: str, servers: Iterable[str]) -> None:
+    """Raise OptionError, without showing it, where a URL stands in the place of host:port: it may have a password."""
+    if any("@" in server or "://" in server for server in servers):
+        raise OptionError(f"{transport}: servers are host:port; for a URL write {transport}.from_url(...)")
 
 
 class TLS(Struct, frozen=True):

@@ -9,7 +9,16 @@ from urllib.parse import unquote
 from msgspec import Struct
 from msgspec.structs import fields
 
-from ...address import Convert, split_url, url_options, without_secrets, yes_or_no
+from ...address import (
+    Convert,
+    check_servers,
+    check_settings,
+    servers_of,
+    split_url,
+    url_options,
+    without_secrets,
+    yes_or_no,
+)
 from ...errors import OptionError
 
 MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
@@ -38,9 +47,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_record: int = 1_000_000
 
     def __post_init__(self) -> None:
-        if any("@" in server or "://" in server for server in self.servers):  # not shown: it may have a password
-            raise OptionError("KafkaTransport: servers are host:port; for a URL write KafkaTransport.from_url(...)")
-        for name, allowed, what in (
+        check_servers("KafkaTransport", self.servers)
+        checks = (
             ("servers", bool(self.servers) and all(self.servers), "one host or more"),
             ("user", self.user is None or self.password is not None, "given together with password"),
             ("mechanism", self.mechanism in MECHANISMS, f"one of {', '.join(MECHANISMS)}"),
@@ -50,9 +58,8 @@ class Settings(Struct, frozen=True, kw_only=True):
             ("partitions", 1 <= self.partitions <= 10_000, "1 to 10000"),
             ("replicas", self.replicas == -1 or self.replicas >= 1, "1 or more, or -1: what the server says"),
             ("max_record", 2 * RESERVE <= self.max_record <= 1_000_000_000, f"{2 * RESERVE} bytes to 1 GB"),
-        ):
-            if not allowed:
-                raise OptionError(f"KafkaTransport: {name} must be {what}; got {getattr(self, name)!r}")
+        )
+        check_settings("KafkaTransport", self, checks)
 
     def __repr__(self) -> str:
         shown = (f"{name}={getattr(self, name)!r}" for name in ("servers", "tls", "user", "prefix"))
@@ -137,17 +144,8 @@ def from_url(url: str) -> dict[str, Any]:
         raise OptionError(
             f"a Kafka URL is kafka://host:9092,other:9092?option=value (or kafkas://…); got {without_secrets(url)!r}"
         )
-    options: dict[str, Any] = {"tls": parts.scheme == "kafkas", "servers": tuple(map(_server, hosts.split(",")))}
+    options: dict[str, Any] = {"tls": parts.scheme == "kafkas", "servers": servers_of("Kafka", hosts, 9092)}
     if secret:
         user, _, password = secret.partition(":")
         options.update(user=unquote(user), password=unquote(password))
     return options | url_options("a kafka URL", parts.query, _URL_OPTIONS)
-
-
-def _server(host: str) -> str:
-    name, colon, port = host.rpartition(":")
-    if not colon or host.endswith("]"):
-        return f"{host}:9092"
-    if not name or not port.isascii() or not port.isdigit():
-        raise OptionError(f"a Kafka URL names hosts as host or host:port; got {host!r}")
-    return host

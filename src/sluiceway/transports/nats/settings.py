@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from msgspec import Struct
 from msgspec.structs import fields
 
-from ...address import TLS, Convert, split_url, url_options, without_secrets
+from ...address import TLS, Convert, check_servers, check_settings, servers_of, split_url, url_options, without_secrets
 from ...errors import OptionError
 
 _SECRET = ("password", "token")
@@ -36,9 +36,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_delayed: int = 100_000
 
     def __post_init__(self) -> None:
-        if any("@" in server or "://" in server for server in self.servers):  # not shown: it may have a password
-            raise OptionError("NATSTransport: servers are host:port; for a URL write NATSTransport.from_url(...)")
-        for name, allowed, what in (
+        check_servers("NATSTransport", self.servers)
+        checks = (
             ("servers", bool(self.servers) and all(self.servers), "one host or more"),
             ("stream", self.stream and not set(self.stream) & set(">*. /\\\t\r\n"), "a name without any of '>*. /\\'"),
             ("replicas", 1 <= self.replicas <= 5, "1 to 5"),
@@ -46,9 +45,8 @@ class Settings(Struct, frozen=True, kw_only=True):
             ("lease", 0.1 <= self.lease <= 86_400, "0.1 to 86400 seconds"),
             ("max_delayed", self.max_delayed >= 1, "1 or more messages"),
             ("key_file", self.key_file is None or self.cert_file is not None, "given together with cert_file"),
-        ):
-            if not allowed:
-                raise OptionError(f"NATSTransport: {name} must be {what}; got {getattr(self, name)!r}")
+        )
+        check_settings("NATSTransport", self, checks)
 
     def __repr__(self) -> str:
         shown = (f"{name}={getattr(self, name)!r}" for name in ("servers", "tls", "user", "stream"))
@@ -100,7 +98,7 @@ def from_url(url: str) -> dict[str, Any]:
         raise OptionError(
             f"a NATS URL is nats://host:4222,other:4222?option=value (or tls://…); got {without_secrets(url)!r}"
         )
-    options: dict[str, Any] = {"tls": parts.scheme == "tls", "servers": tuple(map(_server, hosts.split(",")))}
+    options: dict[str, Any] = {"tls": parts.scheme == "tls", "servers": servers_of("NATS", hosts, 4222)}
     if secret:
         user, colon, password = secret.partition(":")
         if colon:
@@ -108,12 +106,3 @@ def from_url(url: str) -> dict[str, Any]:
         else:
             options["token"] = unquote(user)
     return options | url_options("a nats URL", parts.query, _URL_OPTIONS)
-
-
-def _server(host: str) -> str:
-    name, colon, port = host.rpartition(":")
-    if not colon or host.endswith("]"):
-        return f"{host}:4222"
-    if not name or not port.isascii() or not port.isdigit():
-        raise OptionError(f"a NATS URL names hosts as host or host:port; got {host!r}")
-    return host
